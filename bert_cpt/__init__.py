@@ -1,0 +1,1 @@
+"""Shards in, models out: continued pre-training of BERT with DeepSpeed."""

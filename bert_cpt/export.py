@@ -1,0 +1,139 @@
+"""A plain Hugging Face model out of a checkpoint, checked by loading it."""
+
+import shutil
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForPreTraining,
+    AutoTokenizer,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertModel,
+    PreTrainedModel,
+)
+from transformers.utils import logging as transformers_logging
+
+from bert_cpt.checkpoint import TOKENIZER_FILES, publish
+from bert_cpt.model import load_bert_config
+from data_tools.errors import UserError
+
+ExportKind = Literal["pretraining", "masked-lm", "encoder", "sentence-transformers"]
+CLASSES: dict[ExportKind, type[PreTrainedModel]] = {
+    "pretraining": BertForPreTraining,
+    "masked-lm": BertForMaskedLM,
+    "encoder": BertModel,
+    "sentence-transformers": BertModel,
+}
+LOADERS = {
+    "pretraining": (AutoModelForPreTraining, AutoModelForMaskedLM, AutoModel),
+    "masked-lm": (AutoModelForMaskedLM, AutoModel),
+    "encoder": (AutoModel,),
+    "sentence-transformers": (AutoModel,),
+}
+
+
+def resolve_checkpoint(path: str) -> str:
+    """A model directory: the one given, or a run's final model, or its newest checkpoint."""
+    directory = Path(path)
+    if not (directory / "config.toml").is_file():
+        return path
+    if (directory / "final").is_dir():
+        return str(directory / "final")
+    latest = directory / "latest"
+    if latest.is_file():
+        return str(directory / "checkpoints" / Path(latest.read_text().strip()).name)
+    raise UserError(f"{path}: a run directory without a checkpoint yet")
+
+
+def export(checkpoint: str, output: Path, kind: ExportKind = "pretraining") -> list[str]:
+    """Write a checkpoint as a Hugging Face model.
+
+    Args:
+        checkpoint: a model directory or a run directory.
+        output: must not exist, or be empty.
+
+    Returns:
+        The automatic classes of transformers that loaded the result, all weights found.
+
+    Raises:
+        UserError: no BERT checkpoint, heads missing in it, or `output` is in use.
+    """
+    checkpoint = resolve_checkpoint(checkpoint)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise UserError(f"{output}: exists and is not empty; choose another directory")
+    load_bert_config(checkpoint)
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    aside = output.with_name(f".{output.name}.tmp")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        model, missing = _load(CLASSES[kind], checkpoint)
+        if missing:
+            raise UserError(
+                f"{checkpoint}: lacks {', '.join(missing[:4])}; it cannot be exported as {kind}: "
+                f"try --as masked-lm or --as encoder"
+            )
+        aside.mkdir(parents=True)
+        model.save_pretrained(aside)
+        for name in TOKENIZER_FILES:
+            if (Path(checkpoint) / name).is_file():
+                shutil.copyfile(Path(checkpoint) / name, aside / name)
+        if kind == "sentence-transformers":
+            _add_pooling(aside)
+        loaded = [_check(loader, aside, model) for loader in LOADERS[kind]]
+        AutoTokenizer.from_pretrained(aside, trust_remote_code=False)
+        if output.exists():
+            output.rmdir()
+        publish(aside, output)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        shutil.rmtree(aside, ignore_errors=True)
+    return loaded
+
+
+def _load(model_class: type[PreTrainedModel], path: str) -> tuple[PreTrainedModel, list[str]]:
+    try:
+        answer: Any = model_class.from_pretrained(
+            path,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0][:300]
+        raise UserError(f"{path}: cannot be loaded ({reason})") from error
+    model, info = answer
+    return model, sorted(info["missing_keys"])
+
+
+def _check(loader: type, directory: Path, model: PreTrainedModel) -> str:
+    """Load with one of transformers' automatic classes and compare the encoder's weights."""
+    found, missing = _load(loader, str(directory))
+    # A masked-lm model has no pooler, which AutoModel would add.
+    assert not [name for name in missing if "pooler" not in name], f"{loader.__name__}: {missing}"
+    encoder = getattr(model, "bert", model)
+    reloaded = getattr(found, "bert", found).state_dict()
+    for name, value in encoder.state_dict().items():
+        same = name not in reloaded or torch.equal(value, reloaded[name])
+        assert same, f"{loader.__name__}: {name} differs after reloading"
+    return loader.__name__
+
+
+def _add_pooling(directory: Path) -> None:
+    """Mean pooling over tokens, as the sentence-transformers package wants it."""
+    try:
+        from sentence_transformers import SentenceTransformer
+        from sentence_transformers.models import Pooling, Transformer
+    except ImportError as error:
+        raise UserError(
+            "--as sentence-transformers needs that package: pip install sentence-transformers"
+        ) from error
+    encoder = Transformer(str(directory))
+    pooling = Pooling(encoder.get_word_embedding_dimension(), "mean")
+    SentenceTransformer(modules=[encoder, pooling], device="cpu").save(str(directory))

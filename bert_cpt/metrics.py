@@ -1,0 +1,189 @@
+"""What a run reports: log lines, metrics.jsonl, W&B, a progress bar; all on the first rank.
+
+Console and train.log get one line a log interval, metrics.jsonl everything. W&B receives the same
+records; trouble with it is reported once and never stops a run.
+"""
+
+import json
+import logging
+import math
+import netrc
+import os
+import secrets
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from bert_cpt.config import LoggingConfig
+
+logger = logging.getLogger("bert_cpt")
+
+
+LINE = (
+    "step {step}/{total}  mlm {mlm_loss:.4f}  nsp {nsp}  lr {learning_rate:.2e}  "
+    "grad {grad_norm:.2f}  scale {loss_scale:g}  {tokens_per_second} tok/s  wait {wait}  ETA {eta}"
+)
+
+
+def set_up_logging(run_dir: Path, rank: int) -> None:
+    """Rank 0 logs to the console and RUN/train.log, every other rank to RUN/logs/rank_N.log."""
+    root = logging.getLogger()
+    root.setLevel(logging.INFO)
+    for handler in list(root.handlers):
+        root.removeHandler(handler)
+    form = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
+    path = run_dir / "train.log"
+    if rank:
+        path = run_dir / "logs" / f"rank_{rank:04d}.log"
+        path.parent.mkdir(exist_ok=True)
+    handlers: list[logging.Handler] = [logging.FileHandler(path)]
+    if not rank:
+        handlers.append(logging.StreamHandler(sys.stderr))
+    for handler in handlers:
+        handler.setFormatter(form)
+        root.addHandler(handler)
+    for name in ("DeepSpeed", "numba", "torch", "transformers"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class Metrics:
+    """The reporter of the first rank; on the others every method does nothing."""
+
+    def __init__(
+        self, run_dir: Path, total_steps: int, first_step: int, wandb_run: Any, is_main: bool
+    ) -> None:
+        self.is_main = is_main
+        self.total_steps = total_steps
+        self.wandb_run = wandb_run
+        if not is_main:
+            return
+        self.file = open(run_dir / "metrics.jsonl", "a", encoding="utf-8")  # noqa: SIM115
+        self.bar = tqdm(
+            total=total_steps, initial=first_step, unit="step", desc="training", disable=None
+        )
+        self._redirect = logging_redirect_tqdm()
+        self._redirect.__enter__()
+
+    def record(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Append one record to metrics.jsonl and W&B; values that are not finite are kept."""
+        if not self.is_main:
+            return
+        record = {"kind": kind, "step": step, "time": round(time.time(), 3)} | values
+        self.file.write(json.dumps(_plain(record)) + "\n")
+        self.file.flush()
+        if self.wandb_run is not None:
+            numbers = {f"{kind}/{k}": v for k, v in _flat(values) if isinstance(v, (int, float))}
+            try:
+                self.wandb_run.log(numbers, step=step)
+            except Exception as error:  # a tracker never stops a run
+                logger.warning("W&B stopped taking records: %s", error)
+                self.wandb_run = None
+
+    def log_step(self, step: int, values: dict[str, Any], seconds_left: float) -> None:
+        """One line for the console and the log, and the record."""
+        if not self.is_main:
+            return
+        self.record("train", step, values | {"seconds_left": round(seconds_left, 1)})
+        nsp = "-" if values["nsp_loss"] is None else f"{values['nsp_loss']:.4f}"
+        line = values | {
+            "step": step,
+            "total": self.total_steps,
+            "nsp": nsp,
+            "tokens_per_second": _thousands(values["tokens_per_second"]),
+            "wait": f"{100 * values['data_wait_share']:.0f}%",
+            "eta": format_seconds(seconds_left),
+        }
+        logger.info(LINE.format(**line))
+
+    def advance(self, mlm_loss: float) -> None:
+        """Move the progress bar by one step."""
+        if self.is_main:
+            self.bar.set_postfix(mlm=f"{mlm_loss:.3f}", refresh=False)
+            self.bar.update()
+
+    def close(self) -> None:
+        if not self.is_main:
+            return
+        self.bar.close()
+        self._redirect.__exit__(None, None, None)
+        self.file.close()
+        if self.wandb_run is not None:
+            try:
+                self.wandb_run.finish()
+            except Exception as error:
+                logger.warning("W&B did not finish cleanly: %s", error)
+
+
+def start_wandb(run_dir: Path, settings: LoggingConfig, config: dict[str, Any]) -> Any:
+    """A W&B run that continues with the run directory, or None."""
+    mode = settings.wandb
+    if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
+        return None
+    if mode == "auto":
+        is_offline = os.environ.get("WANDB_MODE") == "offline" or not _is_logged_in()
+        mode = "offline" if is_offline else "online"
+    record = run_dir / "wandb_run_id"
+    try:
+        os.environ.setdefault("WANDB_SILENT", "true")
+        import wandb
+
+        run_id = record.read_text().strip() if record.exists() else secrets.token_hex(4)
+        record.write_text(run_id)
+        run = wandb.init(
+            project=settings.wandb_project,
+            name=settings.wandb_name or run_dir.name,
+            id=run_id,
+            dir=str(run_dir),
+            mode=mode,
+            resume="allow" if mode == "online" else None,
+            config=config,
+        )
+        logger.info("W&B: %s, %s", mode, run.url or run_dir / "wandb")
+        return run
+    except Exception as error:  # a tracker never stops a run
+        logger.warning("W&B is not used (%s: %s)", type(error).__name__, error)
+        return None
+
+
+def _is_logged_in() -> bool:
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def _plain(value: Any) -> Any:
+    """JSON without NaN: what is not finite becomes its name."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    result = []
+    for key, value in values.items():
+        result += (
+            _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else [(prefix + key, value)]
+        )
+    return result
+
+
+def _thousands(value: float) -> str:
+    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
+
+
+def format_seconds(seconds: float) -> str:
+    """1:02:03, or 2:03 below an hour."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,218 @@
+"""Where the time of a step goes, what was done in it, and what the hardware could do at best."""
+
+import resource
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import BertConfig
+
+from bert_cpt.config import Phase
+from bert_cpt.engine import StepTotals
+from bert_cpt.world import World
+
+
+class Stopwatch:
+    """Seconds by name between laps.
+
+    On CUDA work is asynchronous: a lap records an event, and elapsed times are read only when they
+    are asked for, so that no lap waits for the device.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.is_cuda = device.type == "cuda"
+        self.totals: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event]] = []
+        self._last = 0.0
+        self.lap("")
+
+    def lap(self, name: str) -> None:
+        """Count the time since the last lap under `name`; an empty name discards it."""
+        if self.is_cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._events.append((name, event))
+            return
+        now = time.perf_counter()
+        if name:
+            self.totals[name] += now - self._last
+        self._last = now
+
+    def read(self) -> dict[str, float]:
+        """Totals since the last read; waits for the device."""
+        if self._events:
+            torch.cuda.synchronize()
+            for (_, before), (name, after) in zip(self._events, self._events[1:], strict=False):
+                if name:
+                    self.totals[name] += before.elapsed_time(after) / 1000
+            self._events = self._events[-1:]
+        result = dict(self.totals)
+        self.totals.clear()
+        return result
+
+
+class CommunicationMeter:
+    """Bytes and seconds of DeepSpeed's collectives, counted at its communication backend.
+
+    Seconds are those of the stream (or, on a CPU, the thread) that waits; they are part of the
+    backward pass and the optimizer's time, and may overlap with computation.
+    """
+
+    METHODS = (
+        "all_reduce", "all_reduce_coalesced", "reduce", "broadcast", "reduce_scatter_tensor",
+        "all_gather_into_tensor", "all_gather_coalesced", "all_gather",
+    )  # fmt: skip
+
+    def __init__(self, device: torch.device) -> None:
+        from deepspeed.comm import comm
+
+        self.watch = Stopwatch(device)
+        self.num_bytes: dict[str, int] = defaultdict(int)
+        self.is_on = False  # only during a training step
+        backend: Any = comm.cdb
+        for name in self.METHODS:
+            plain = MethodType(getattr(type(backend), name), backend)
+            setattr(backend, name, partial(self._metered, name, plain))
+
+    def _metered(self, name: str, plain: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not self.is_on:
+            return plain(*args, **kwargs)
+        tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        self.num_bytes[name] += max((tensor.nbytes for tensor in tensors), default=0)
+        self.watch.lap("")
+        result = plain(*args, **kwargs)
+        self.watch.lap(name)
+        return result
+
+    def read(self) -> tuple[float, int]:
+        """(seconds, bytes) since the last read; waits for the device."""
+        total = sum(self.num_bytes.values())
+        self.num_bytes.clear()
+        return sum(self.watch.read().values()), total
+
+
+class Interval:
+    """What happened in the steps since the last log line."""
+
+    def __init__(self, world: World, ceiling: float) -> None:
+        """`ceiling`: floating-point operations a second of this rank's matrix product."""
+        self.world, self.ceiling = world, ceiling
+        self.watch = Stopwatch(world.device)
+        self.meter = CommunicationMeter(world.device)
+        self.sums: dict[str, float] = defaultdict(float)
+        self.step_seconds = 0.0
+
+    def timed(self, steps: Iterator[Any]) -> Iterator[Any]:
+        """Pass batches on, counting the time spent waiting for them."""
+        while True:
+            self.watch.lap("")
+            start = time.perf_counter()
+            item = next(steps, None)
+            if item is None:
+                return
+            self.sums["data_wait"] += time.perf_counter() - start
+            self.watch.lap("data")
+            yield item
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """One optimizer step."""
+        start = time.perf_counter()
+        self.meter.is_on = True
+        yield
+        self.meter.is_on = False
+        self.step_seconds = time.perf_counter() - start
+
+    def add(self, phase: Phase, totals: StepTotals, rate: float, norm: float) -> None:
+        """Count a step that is done."""
+        done = totals._asdict() | {
+            "steps": 1,
+            "seconds": self.step_seconds,
+            "samples": phase.train_batch_size,
+            "positions": phase.train_batch_size * phase.sequence_length,
+        }
+        for name, value in done.items():
+            self.sums[name] += value
+        self.sums["learning_rate"], self.sums["grad_norm"] = rate, norm
+
+    def read(self, config: BertConfig) -> tuple[dict[str, Any], float]:
+        """The figures of a log line, and seconds a step; begins a new interval.
+
+        `tokens_per_second` counts real tokens of all ranks, never padding.
+        """
+        sums, split = self.sums, self.watch.read()
+        seconds = sums["seconds"] + sums["data_wait"]
+        communication_seconds, communication_bytes = self.meter.read()
+        tokens, masked, pairs = sums["num_tokens"], sums["num_masked"], sums["num_pairs"]
+        flops = flops_per_token(
+            config,
+            mean_square_length=sums["num_squares"] / tokens,
+            masked_share=masked / tokens,
+            mean_length=tokens / sums["samples"],
+        )
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        if self.world.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.world.device) / 2**30
+        values = {
+            "mlm_loss": sums["mlm_loss"] / max(masked, 1),
+            "nsp_loss": sums["nsp_loss"] / pairs if pairs else None,
+            "mlm_accuracy": sums["mlm_correct"] / max(masked, 1),
+            "nsp_accuracy": sums["nsp_correct"] / pairs if pairs else None,
+            "learning_rate": sums["learning_rate"],
+            "grad_norm": sums["grad_norm"],
+            "tokens_per_second": tokens / seconds,
+            "positions_per_second": sums["positions"] / seconds,
+            "fill": tokens / sums["positions"],
+            "mfu": tokens / seconds * flops / (self.ceiling * self.world.world_size),
+            "data_wait_share": sums["data_wait"] / seconds,
+            "time_share": {name: spent / seconds for name, spent in split.items()},
+            "communication_share": communication_seconds / seconds,
+            "communication_bytes_per_step": communication_bytes / sums["steps"],
+            "peak_memory_gib": peak,
+        }
+        self.sums = defaultdict(float)
+        return values, seconds / sums["steps"]
+
+
+def flops_per_token(
+    config: BertConfig, *, mean_square_length: float, masked_share: float, mean_length: float
+) -> float:
+    """Floating-point operations of forward and backward pass per real token.
+
+    F = 3 [L (8H^2 + 4HI) + 4 L a H + p (2H^2 + 2HV) + (2H^2 + 4H) / s]
+
+    Args:
+        mean_square_length: a, sum of squared sample lengths over the sum of lengths.
+        masked_share: p, masked tokens over tokens.
+        mean_length: s, tokens of a sample.
+    """
+    hidden, inner, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    encoder = layers * (8 * hidden**2 + 4 * hidden * inner)
+    attention = 4 * layers * mean_square_length * hidden
+    head = masked_share * (2 * hidden**2 + 2 * hidden * config.vocab_size)
+    pair = (2 * hidden**2 + 4 * hidden) / mean_length
+    return 3 * (encoder + attention + head + pair)
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations a second of a large matrix product, measured here and now."""
+    is_cuda = device.type == "cuda"
+    size, repeats = (8192, 10) if is_cuda else (512, 4)
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = 0.0
+    for _ in range(3):
+        if is_cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            a @ a
+        if is_cuda:
+            torch.cuda.synchronize()
+        best = max(best, repeats * 2 * size**3 / (time.perf_counter() - start))
+    return best

@@ -1,0 +1,248 @@
+"""The parallel, resumable build: text in, shards out, the same bytes however it is run.
+
+Work is split into blocks that depend on the input alone (`readers`). Every block becomes one part
+(`worker`, `parts`); any number of processes on any number of machines write parts, and a part that
+is there is complete. `finish` then sorts the parts' documents into shards, checks that documents
+in = documents out + counted losses, and writes the manifest last. So the same command, run again
+after a kill at any moment, does only what is missing.
+"""
+
+import itertools
+import logging
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import wait as wait_for
+from pathlib import Path
+
+from tqdm import tqdm
+
+from data_tools.errors import UserError
+from data_tools.finish import finish
+from data_tools.plan import (
+    BUILD,
+    MIN_BLOCK_BYTES,
+    PLAN,
+    BuildOptions,
+    Plan,
+    make_plan,
+    prepare_output,
+    recorded,
+    share_of,
+)
+from data_tools.readers import Block, Document, row_blocks
+from data_tools.shards import MANIFEST, Manifest, read_manifest
+from data_tools.sources import Source
+from data_tools.tokenizer import BulkTokenizer, load_tokenizer
+from data_tools.worker import BlockWorker
+
+__all__ = ["BuildOptions", "build", "write_shards"]
+
+logger = logging.getLogger(__name__)
+
+LOG_SECONDS = 30
+
+
+def build(
+    inputs: list[str],
+    output: Path,
+    tokenizer: BulkTokenizer,
+    tokenizer_name: str,
+    options: BuildOptions,
+    *,
+    workers: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    finish_only: bool = False,
+) -> Manifest | None:
+    """Shard a corpus, or this rank's share of it.
+
+    Returns:
+        The manifest, or None when other ranks have a share: run `finish_only` after all of them.
+
+    Raises:
+        UserError: bad input, wrong options, or a build of something else lies in `output`.
+        OSError: the disk is full, a worker process died, and the like; run it again.
+    """
+    _say_if_slow(tokenizer)
+    plan = make_plan(inputs, options, tokenizer)
+    is_alone = world_size == 1 and not finish_only
+    if prepare_output(output, plan, tokenizer, is_alone=is_alone):
+        logger.info("%s is complete already", output)
+        return read_manifest(output)
+    work = output / BUILD
+    with _dead_workers_explained():
+        if not finish_only:
+            share = share_of(plan, work, rank, world_size, workers)
+            tasks: Iterable[Block | int] = itertools.chain(
+                share.whole_sources, share.blocks, share.divided(plan, work)
+            )
+            _run(plan, work, tasks, workers, share.num_bytes)
+            if world_size > 1:
+                return None
+        return finish(plan, output, tokenizer, tokenizer_name, workers)
+
+
+def write_shards(
+    documents: Iterable[Document],
+    output: Path | str,
+    *,
+    tokenizer: BulkTokenizer | str | Path,
+    language: str = "en",
+    splitter: str = "sentencex",
+    workers: int = 1,
+    shuffle_seed: int | None = 0,
+) -> Manifest:
+    """Shard documents from Python.
+
+    Args:
+        documents: texts (a paragraph a line) or lists of sentences; consumed once, lazily.
+        output: directory for the shards; must not hold a corpus yet.
+        tokenizer: a name, a directory, or one already loaded.
+
+    Raises:
+        UserError: a document is neither text nor a list of texts, or there is none.
+    """
+    if isinstance(documents, str):
+        raise UserError("documents: one text was given; expected a list of texts")
+    output = Path(output)
+    loaded = tokenizer if isinstance(tokenizer, BulkTokenizer) else load_tokenizer(tokenizer)
+    name = "given from Python" if loaded is tokenizer else str(tokenizer)
+    options = BuildOptions(
+        language=language,
+        splitter=splitter,
+        shuffle_seed=shuffle_seed,
+        block_bytes=MIN_BLOCK_BYTES,
+    )
+    plan = Plan([Source("documents from Python", "hub")], options, loaded.identity, {})
+    if (output / MANIFEST).exists():
+        raise UserError(f"{output}: holds a corpus already; choose another directory")
+    work = output / BUILD
+    if (work / PLAN).exists() and plan.agrees_with((work / PLAN).read_text()):
+        shutil.rmtree(work)  # it cannot be continued: the documents may be others
+    prepare_output(output, plan, loaded, is_alone=True)
+    _say_if_slow(loaded)
+    blocks = row_blocks(((document, 0) for document in documents), 0, options.block_bytes)
+    with _dead_workers_explained():
+        _run(plan, work, recorded(blocks, work, 0, Counter()), workers, 0)
+        return finish(plan, output, loaded, name, workers)
+
+
+def _say_if_slow(tokenizer: BulkTokenizer) -> None:
+    if tokenizer.slow_reason:
+        logger.warning(
+            "the tokenizer is served by `tokenizers`, several times slower: %s",
+            tokenizer.slow_reason,
+        )
+
+
+# --- running --------------------------------------------------------------------------------------
+
+_worker: BlockWorker | None = None
+
+
+def _start_worker(plan: Plan, work: Path) -> None:
+    global _worker  # a process of the pool serves one build
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    _worker = BlockWorker(plan, work)
+
+
+def _die_with_parent() -> None:
+    """A killed parent cannot stop its workers, which would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait_for([parent.sentinel])
+    os._exit(1)
+
+
+def _run_in_worker(task: Block | int) -> tuple[int, Counter[str]]:
+    assert _worker is not None
+    return _worker.run(task)
+
+
+def _run(
+    plan: Plan, work: Path, tasks: Iterable[Block | int], workers: int, total_bytes: int
+) -> None:
+    """Do all tasks, in this process or in `workers` of them."""
+    with Progress(total_bytes) as progress:
+        if workers == 1:
+            worker = BlockWorker(plan, work)
+            for task in tasks:
+                progress.add(*worker.run(task))
+            return
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(workers, context, _start_worker, (plan, work)) as pool:
+            running: set[Future[tuple[int, Counter[str]]]] = set()
+            try:
+                for task in tasks:
+                    running.add(pool.submit(_run_in_worker, task))
+                    if len(running) > 2 * workers:
+                        running = _collect(running, progress)
+                while running:
+                    running = _collect(running, progress)
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+
+def _collect(
+    running: set[Future[tuple[int, Counter[str]]]], progress: "Progress"
+) -> set[Future[tuple[int, Counter[str]]]]:
+    done, rest = wait(running, return_when=FIRST_COMPLETED)
+    for future in done:
+        progress.add(*future.result())
+    return rest
+
+
+@contextmanager
+def _dead_workers_explained() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            "a worker process died (killed, or out of memory); nothing finished is lost, and "
+            "fewer --workers need less memory"
+        ) from error
+
+
+class Progress:
+    """A bar with MB/s, tokens/s and ETA on a terminal; elsewhere a log line every half minute."""
+
+    def __init__(self, total_bytes: int) -> None:
+        self.bar = tqdm(
+            total=total_bytes or None, unit="B", unit_scale=True, disable=None, desc="sharding"
+        )
+        self.start = self.logged = time.monotonic()
+        self.total, self.done, self.tokens = total_bytes, 0, 0
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def add(self, num_bytes: int, counts: Counter[str]) -> None:
+        """Count a finished task."""
+        self.done += num_bytes
+        self.tokens += counts["tokens"]
+        now = time.monotonic()
+        seconds = max(now - self.start, 1e-3)
+        rate = f"{self.tokens / seconds / 1e6:.2f} M tokens/s"
+        self.bar.set_postfix_str(rate, refresh=False)
+        self.bar.update(num_bytes)
+        if self.bar.disable and now - self.logged > LOG_SECONDS:
+            self.logged = now
+            left = ""
+            if self.total:
+                percent = 100 * self.done / self.total
+                eta = seconds * max(self.total - self.done, 0) / max(self.done, 1)
+                left = f" ({percent:.0f} %), ETA {eta:.0f} s"
+            speed = self.done / seconds / 1e6
+            logger.info("%.0f MB%s, %.1f MB/s, %s", self.done / 1e6, left, speed, rate)

@@ -1,0 +1,147 @@
+"""The end of a build: the parts' documents are sorted into shards, and the manifest is written."""
+
+import multiprocessing
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from itertools import repeat
+from pathlib import Path
+
+import numpy as np
+
+from data_tools.errors import UserError
+from data_tools.files import remove_leftovers, write_text
+from data_tools.parts import Part, open_part
+from data_tools.plan import BUILD, PLAN, Plan, expected_parts
+from data_tools.shards import (
+    TOKENIZER,
+    Manifest,
+    Run,
+    ShardRecord,
+    SourceRecord,
+    TokenizerIdentity,
+    write_manifest,
+    write_shard,
+)
+from data_tools.tokenizer import BulkTokenizer
+
+LOST_DOCUMENTS = (
+    "documents_bad_csv",
+    "documents_bad_json",
+    "documents_invalid_unicode",
+    "documents_invalid_utf8",
+    "documents_missing_text",
+    "documents_text_not_string",
+    "documents_too_long",
+    "documents_without_tokens",
+    "documents_without_valid_lines",
+)
+
+
+def finish(
+    plan: Plan, output: Path, tokenizer: BulkTokenizer, tokenizer_name: str, workers: int
+) -> Manifest:
+    """Sort the parts into shards, check the counts, write the manifest, remove the parts.
+
+    Raises:
+        UserError: parts are missing, or no document holds any text.
+    """
+    paths, counts = expected_parts(plan, output / BUILD)
+    read: Counter[int] = Counter()
+    totals = [0]
+    for index, path in paths:
+        part = open_part(path)
+        counts += part.counts
+        read[index] += part.counts["documents_read"]
+        totals.append(totals[-1] + part.num_tokens)
+    _check_balance(plan, counts)
+    counts["sources_without_documents"] = sum(not read[i] for i in range(len(plan.sources)))
+    records = _merge(plan, output, [path for _, path in paths], totals, workers)
+    options = {k: v for k, v in asdict(plan.options).items() if k != "on_error"}
+    manifest = Manifest(
+        tokenizer=TokenizerIdentity(
+            identity=tokenizer.identity, vocab_size=tokenizer.vocab_size, name=tokenizer_name
+        ),
+        num_documents=counts["documents_written"],
+        num_sentences=sum(record.num_sentences for record in records),
+        num_tokens=sum(record.num_tokens for record in records),
+        options=options,
+        counts=dict(sorted((+counts).items())),
+        sources=[
+            SourceRecord(path=source.path, num_bytes=source.num_bytes, num_documents=read[i])
+            for i, source in enumerate(plan.sources)
+        ],
+        shards=records,
+    )
+    write_text(output / TOKENIZER, tokenizer.definition)
+    write_text(output / PLAN, plan.as_json())
+    remove_leftovers(output)
+    write_manifest(output, manifest)
+    shutil.rmtree(output / BUILD, ignore_errors=True)
+    return manifest
+
+
+def _check_balance(plan: Plan, counts: Counter[str]) -> None:
+    lost = sum(counts[name] for name in LOST_DOCUMENTS)
+    assert counts["documents_read"] == counts["documents_written"] + lost, (
+        f"documents in ({counts['documents_read']}) are not documents out "
+        f"({counts['documents_written']}) + counted losses ({lost})"
+    )
+    if not counts["documents_written"]:
+        inputs = ", ".join(source.path for source in plan.sources[:5])
+        losses = ", ".join(f"{name} {counts[name]}" for name in LOST_DOCUMENTS if counts[name])
+        raise UserError(
+            f"{inputs}: no document with any text ({losses or 'none was read'}); is --text-field "
+            f"or --format wrong?"
+        )
+
+
+def _merge(
+    plan: Plan, output: Path, paths: list[Path], totals: list[int], workers: int
+) -> list[ShardRecord]:
+    num_shards = max(1, round(totals[-1] / plan.options.shard_tokens))
+    is_shuffled = plan.options.shuffle_seed is not None
+    shards = range(num_shards)
+    constants = (output, paths, totals, num_shards, is_shuffled)
+    if workers == 1 or num_shards == 1:
+        return [_merge_shard(shard, *constants) for shard in shards]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(min(workers, num_shards), context) as pool:
+        return list(pool.map(_merge_shard, shards, *map(repeat, constants)))
+
+
+def _merge_shard(
+    shard: int,
+    output: Path,
+    paths: list[Path],
+    totals: list[int],
+    num_shards: int,
+    is_shuffled: bool,
+) -> ShardRecord:
+    """Write one shard: its range of keys (or, unshuffled, of tokens) out of every part."""
+    done = output / BUILD / f"shard_{shard:05d}.json"
+    if done.exists():
+        return ShardRecord.model_validate_json(done.read_text())
+
+    def first_of(part: Part, start: int, number: int) -> int:
+        """The first document of a part that belongs to shard `number` or a later one."""
+        if number == num_shards:
+            return part.num_documents
+        if is_shuffled:
+            return int(np.searchsorted(part.keys, np.uint64((number << 64) // num_shards)))
+        begins = start + part.token_ends - np.diff(part.token_ends, prepend=0)
+        return int(np.searchsorted(begins, totals[-1] * number // num_shards))
+
+    def runs() -> Iterator[Run]:
+        for path, start in zip(paths, totals, strict=False):  # mapped one at a time
+            part = open_part(path)
+            first, last = (first_of(part, start, number) for number in (shard, shard + 1))
+            if last > first:
+                yield part.documents(first, last)
+
+    dtype = open_part(paths[0]).tokens.dtype
+    record = write_shard(output / f"shard_{shard:05d}", runs(), dtype)
+    write_text(done, record.model_dump_json())
+    return record

@@ -1,0 +1,266 @@
+"""What a corpus holds, for people; and whether its files are still what they were."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numba import njit
+from tqdm import tqdm
+
+from data_tools.errors import UserError
+from data_tools.files import sha256_of
+from data_tools.finish import LOST_DOCUMENTS
+from data_tools.hashing import GOLDEN, derive_key, mix64
+from data_tools.samples import (
+    SampleOptions,
+    build_index,
+    check_pairs_possible,
+    corpus_of,
+    resolve,
+)
+from data_tools.shards import MANIFEST, TOKENIZER, Manifest, Shard, ShardSet, read_manifest
+from data_tools.tokenizer import load_tokenizer
+
+COUNTED_TOKENS = 5_000_000  # words are counted over at most this many
+INDEXED_TOKENS = 1 << 28  # samples are counted over whole shards with about this many, and scaled
+RESOLVED_SAMPLES = 1_000_000  # the fill is measured on at most this many
+SHOWN_WORDS = 20
+SENTENCE_BINS = (1, 5, 10, 20, 40, 80, 160, 320, 640)
+DOCUMENT_BINS = (1, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)
+
+
+def statistics(corpus: ShardSet) -> dict[str, Any]:
+    """Everything `bert-cpt inspect` shows but the example pairs, ready for JSON."""
+    manifest = corpus.manifest
+    sentence_lengths = [shard.sentence_lengths for shard in corpus.shards]
+    document_lengths = [_document_lengths(shard) for shard in corpus.shards]
+    words = _word_statistics(corpus)
+    return {
+        "directory": str(corpus.directory),
+        "tokenizer": manifest.tokenizer.name,
+        "num_documents": manifest.num_documents,
+        "num_sentences": manifest.num_sentences,
+        "num_tokens": manifest.num_tokens,
+        "num_shards": len(manifest.shards),
+        "has_special_tokens": manifest.has_special_tokens,
+        "one_sentence_documents": sum(
+            int((np.diff(shard.document_index) == 1).sum()) for shard in corpus.shards
+        ),
+        "counts": manifest.counts,
+        **words,
+        "sentence_tokens": _histogram(sentence_lengths, SENTENCE_BINS),
+        "document_tokens": _histogram(document_lengths, DOCUMENT_BINS),
+        "samples": {str(length): _sample_statistics(corpus, length) for length in (128, 512)},
+    }
+
+
+def _document_lengths(shard: Shard) -> np.ndarray:
+    ends = np.concatenate([[0], np.cumsum(shard.sentence_lengths, dtype=np.int64)])
+    return np.diff(ends[shard.document_index])
+
+
+def _histogram(parts: Sequence[np.ndarray], edges: Sequence[int]) -> dict[str, Any]:
+    counts = np.sum([np.histogram(part, [*edges, 1 << 62])[0] for part in parts], axis=0)
+    total = sum(len(part) for part in parts)
+    longest = max((int(part.max(initial=0)) for part in parts), default=0)
+    mean = sum(int(part.sum(dtype=np.int64)) for part in parts) / max(total, 1)
+    labels = [f"{a}-{b - 1}" for a, b in pairwise(edges)] + [f"{edges[-1]}+"]
+    bins = dict(zip(labels, (int(count) for count in counts), strict=True))
+    return {"mean": round(mean, 2), "max": longest, "bins": bins}
+
+
+def _word_statistics(corpus: ShardSet) -> dict[str, Any]:
+    tokenizer = corpus.tokenizer
+    left = COUNTED_TOKENS
+    num_words = num_tokens = num_unknown = 0
+    counts: dict[bytes, int] = {}
+    for shard in corpus.shards:
+        tokens = shard.tokens[:left]
+        left -= len(tokens)
+        if not len(tokens):
+            break
+        keys, starts = _words(tokens, tokenizer.is_continuation)
+        _, first, number = np.unique(keys, return_index=True, return_counts=True)
+        num_words += len(starts)
+        num_tokens += len(tokens)
+        num_unknown += int((tokens == tokenizer.unk_id).sum())
+        stops = np.append(starts[1:], len(tokens))
+        for k in np.argsort(-number, kind="stable")[: 50 * SHOWN_WORDS]:
+            word = tokens[starts[first[k]] : stops[first[k]]].tobytes()
+            counts[word] = counts.get(word, 0) + int(number[k])
+    top = sorted(counts.items(), key=lambda item: -item[1])[:SHOWN_WORDS]
+    frequent = [(np.frombuffer(word, corpus.shards[0].dtype), n) for word, n in top]
+    return {
+        "counted_tokens": num_tokens,
+        "unknown_share": num_unknown / max(num_tokens, 1),
+        "pieces_per_word": num_tokens / max(num_words, 1),
+        "frequent_words": [[tokenizer.decode(ids), n] for ids, n in frequent],
+    }
+
+
+@njit(cache=True)
+def _words(tokens, is_continuation):
+    """A hash of each word's pieces and the position where it starts."""
+    keys = np.empty(len(tokens), np.uint64)
+    starts = np.empty(len(tokens), np.int64)
+    count = 0
+    for position in range(len(tokens)):
+        token = np.uint64(tokens[position])
+        if count == 0 or not is_continuation[tokens[position]]:
+            keys[count] = mix64(token)
+            starts[count] = position
+            count += 1
+        else:
+            keys[count - 1] = mix64(keys[count - 1] * GOLDEN + token)
+    return keys[:count], starts[:count]
+
+
+def _sample_statistics(corpus: ShardSet, sequence_length: int) -> dict[str, Any]:
+    before = np.cumsum([0, *(len(shard.tokens) for shard in corpus.shards[:-1])])
+    shards = corpus.shards[: max(1, int((before < INDEXED_TOKENS).sum()))]
+    try:
+        check_pairs_possible(shards, str(corpus.directory))
+        is_paired = True
+    except UserError:
+        is_paired = False
+    options = SampleOptions(sequence_length, is_paired=is_paired)
+    table = corpus.tokenizer.is_continuation
+    index = build_index(shards, table, options, seed=0, epoch=0)
+    chosen = np.linspace(0, len(index) - 1, min(len(index), RESOLVED_SAMPLES)).astype(np.int64)
+    segments = resolve(corpus_of(shards, table), index, chosen, derive_key(0, 0, 0))
+    lengths = segments.length_a + segments.length_b + 2 + (segments.length_b > 0)
+    pairs = segments.label <= 1
+    scale = corpus.manifest.num_tokens / max(1, sum(len(shard.tokens) for shard in shards))
+    return {
+        "samples_per_epoch": round(len(index) * scale),
+        "fill": float(lengths.mean() / sequence_length),
+        "random_share": float((segments.label[pairs] == 1).mean()) if pairs.any() else None,
+        "without_pair_share": float(1 - pairs.mean()),
+    }
+
+
+# --- for people -----------------------------------------------------------------------------------
+
+
+def summarize(directory: Path, manifest: Manifest) -> str:
+    """One line on what was built, and a table of what was lost or changed, if anything was."""
+    line = (
+        f"{directory}: {manifest.num_documents:,} documents, {manifest.num_sentences:,} sentences, "
+        f"{manifest.num_tokens:,} tokens in {len(manifest.shards)} shard(s)"
+    )
+    rows = [
+        f"  {name.replace('_', ' '):<36}{count:>12,}"
+        for name, count in notable_counts(manifest).items()
+    ]
+    return "\n".join([line, *(["lost or changed on the way:"] if rows else []), *rows])
+
+
+def notable_counts(manifest: Manifest) -> dict[str, int]:
+    """The counts of what was lost or changed."""
+    plain = {"documents_read", "documents_written", "sentences", "tokens", "text_bytes"}
+    names = sorted(set(manifest.counts) - plain, key=lambda name: name not in LOST_DOCUMENTS)
+    return {name: manifest.counts[name] for name in names if manifest.counts[name]}
+
+
+def render(content: dict[str, Any]) -> str:
+    """The statistics as text with bars."""
+    lines = [
+        f"{content['directory']}: {content['num_documents']:,} documents, "
+        f"{content['num_sentences']:,} sentences, {content['num_tokens']:,} tokens, "
+        f"{content['num_shards']} shard(s), tokenizer {content['tokenizer']}",
+        f"one-sentence documents {content['one_sentence_documents']:,}; pieces per word "
+        f"{content['pieces_per_word']:.3f}; [UNK] {100 * content['unknown_share']:.3f} % (over "
+        f"{content['counted_tokens']:,} tokens)",
+        "",
+    ]
+    if content["has_special_tokens"]:
+        lines.insert(2, "WARNING: the sentences hold [CLS] or [SEP]; they are never masked")
+    for name in ("sentence_tokens", "document_tokens"):
+        table = content[name]
+        lines.append(f"{name.replace('_', ' in ')}: mean {table['mean']}, longest {table['max']}")
+        lines += _bars(table["bins"])
+    words = ", ".join(f"{word} {n:,}" for word, n in content["frequent_words"])
+    lines += ["", f"most frequent words: {words}", ""]
+    for length, s in content["samples"].items():
+        share = "-" if s["random_share"] is None else f"{100 * s['random_share']:.2f} %"
+        lines.append(
+            f"at length {length}: {s['samples_per_epoch']:,} samples an epoch, fill "
+            f"{100 * s['fill']:.1f} %, random pairs {share}, without a pair "
+            f"{100 * s['without_pair_share']:.2f} %"
+        )
+    for example in content.get("examples", []):
+        lines += ["", f"[{example['label']}, {example['num_tokens']} tokens] {example['text']}"]
+        lines.append(f"  masked: {example['masked']}")
+    return "\n".join(lines)
+
+
+def _bars(bins: dict[str, int], width: int = 50) -> list[str]:
+    most = max(bins.values()) or 1
+    return [f"  {k:>14} {n:>12,} {'#' * round(width * n / most)}" for k, n in bins.items()]
+
+
+# --- verification ---------------------------------------------------------------------------------
+
+
+def verify(directory: Path) -> list[str]:
+    """What is damaged, a line each: hashes, structure, token ids, tokenizer; empty if nothing is.
+
+    Raises:
+        UserError: there is no manifest to compare with.
+    """
+    try:
+        manifest = read_manifest(directory)
+    except UserError as error:
+        if not (directory / MANIFEST).is_file():
+            raise
+        return [str(error)]
+    damage = []
+    for record in tqdm(manifest.shards, desc="verifying", unit="shard", disable=None):
+        prefix = directory / record.name
+        is_whole = True
+        for suffix, size, digest in (
+            (".bin", record.bin_bytes, record.bin_sha256),
+            (".idx", record.idx_bytes, record.idx_sha256),
+        ):
+            path = prefix.with_name(prefix.name + suffix)
+            problem = _file_damage(path, size, digest)
+            if problem:
+                damage.append(problem)
+                is_whole = False
+        if is_whole:
+            damage += _content_damage(prefix, manifest)
+    return damage + _tokenizer_damage(directory / TOKENIZER, manifest)
+
+
+def _tokenizer_damage(path: Path, manifest: Manifest) -> list[str]:
+    if not path.is_file():
+        return [f"{path}: missing"]
+    try:
+        identity = load_tokenizer(path).identity
+    except UserError as error:
+        return [str(error)]
+    if identity == manifest.tokenizer.identity:
+        return []
+    return [f"{path}: not the tokenizer the manifest names"]
+
+
+def _file_damage(path: Path, size: int, digest: str) -> str:
+    if not path.is_file():
+        return f"{path}: missing"
+    if path.stat().st_size != size:
+        return f"{path}: {path.stat().st_size} bytes, the manifest says {size}"
+    return "" if sha256_of(path) == digest else f"{path}: its SHA-256 is not the manifest's"
+
+
+def _content_damage(prefix: Path, manifest: Manifest) -> list[str]:
+    try:
+        shard = Shard(prefix)
+        shard.check_structure()
+    except UserError as error:
+        return [str(error)]
+    limit = manifest.tokenizer.vocab_size
+    if len(shard.tokens) and (shard.tokens.max() >= limit or shard.tokens.min() < 0):
+        return [f"{prefix}.bin: holds a token id outside the vocabulary of {limit}"]
+    return []

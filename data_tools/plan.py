@@ -1,0 +1,283 @@
+"""What a build is to do: its plan, kept in the output directory, and how it is dealt to ranks.
+
+OUTPUT/.build/plan.json              what is built, from what: a rerun must agree with it
+              part_00000_000003      block 3 of source 0
+              blocks_00000.json      the blocks of a source whose number was not known before
+              shard_00000.json       a shard that is finished
+"""
+
+import json
+import logging
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from data_tools import readers
+from data_tools.errors import UserError
+from data_tools.files import remove_leftovers, write_text
+from data_tools.readers import Block
+from data_tools.sentences import make_splitter
+from data_tools.shards import MANIFEST, TOKENIZER
+from data_tools.sources import TEXT_FORMATS, Format, OnError, Policy, Source, find_sources
+from data_tools.tokenizer import BulkTokenizer
+
+logger = logging.getLogger(__name__)
+
+BUILD = ".build"
+PLAN = "plan.json"
+MIN_BLOCK_BYTES = 8 << 20
+MAX_BLOCK_BYTES = 32 << 20
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """What decides the bytes of a build, apart from the input.
+
+    Attributes:
+        format: of the inputs; "auto" goes by file name and, for .txt, by what the file holds.
+        text_field: the field or column with the text (JSON lines, tables).
+        splitter: "sentencex", or "none" where a line is a sentence.
+        language: of the text, for the splitter.
+        max_sentence_tokens: a longer sentence is cut at word boundaries, and counted.
+        on_error: "fail" stops at bad input, "skip" leaves it out and counts it.
+        shuffle_seed: documents are dealt to shards by a hash keyed with it; None keeps their order.
+        shard_tokens: about this many tokens a shard.
+        block_bytes: unit of work; 0 chooses by the size of the input.
+    """
+
+    format: Format = "auto"
+    text_field: str = "text"
+    splitter: str = "sentencex"
+    language: str = "en"
+    max_sentence_tokens: int = 512
+    on_error: OnError = "fail"
+    shuffle_seed: int | None = 0
+    shard_tokens: int = 1 << 27
+    block_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything a build's bytes are a function of."""
+
+    sources: list[Source]
+    options: BuildOptions
+    tokenizer_identity: str
+    counts: dict[str, int]  # of sources left out
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self), indent=1)
+
+    def agrees_with(self, found: str) -> bool:
+        """Whether a plan found on disk is this one; bad input may be skipped from now on."""
+        content = json.loads(found)
+        if content["options"]["on_error"] == "fail":  # then nothing was skipped so far
+            content["options"]["on_error"] = self.options.on_error
+        return content == json.loads(self.as_json())
+
+
+def make_plan(inputs: list[str], options: BuildOptions, tokenizer: BulkTokenizer) -> Plan:
+    """Look at the inputs; raises UserError where they are missing or (see `find_sources`) bad."""
+    policy = Policy(options.on_error, Counter())
+    sources = _decide_formats(find_sources(inputs, options.format, policy), options)
+    if not sources:
+        raise UserError(f"{', '.join(inputs)}: no input holds any text")
+    if not options.block_bytes:
+        options = replace(options, block_bytes=_block_bytes(sources))
+    return Plan(sources, options, tokenizer.identity, dict(policy.counts))
+
+
+def _block_bytes(sources: list[Source]) -> int:
+    """8 MiB for up to 32 GiB of input, then more, so that there are never too many parts."""
+    total = sum(source.num_bytes for source in sources)
+    size = MIN_BLOCK_BYTES
+    while size < MAX_BLOCK_BYTES and total // size > 4096:
+        size *= 2
+    return size
+
+
+def _decide_formats(sources: list[Source], options: BuildOptions) -> list[Source]:
+    """Settle "auto" for text files: one sentence a line, or paragraphs."""
+    split = make_splitter(options.splitter, options.language)
+    decided = []
+    for source in sources:
+        is_presplit = options.splitter == "none"
+        if source.format == "text" and options.format == "auto" and not is_presplit:
+            is_presplit = readers.looks_presplit(source, lambda line: split(line, Counter()))
+            kind = "one sentence a line" if is_presplit else "raw text"
+            logger.info("%s: read as %s (--format to override)", source.path, kind)
+        is_sentences = source.format == "text" and is_presplit
+        decided.append(replace(source, format="sentences") if is_sentences else source)
+    return decided
+
+
+def prepare_output(output: Path, plan: Plan, tokenizer: BulkTokenizer, *, is_alone: bool) -> bool:
+    """Create OUTPUT/.build for this plan, or find it there; True if the build is complete.
+
+    Args:
+        is_alone: no other rank works in `output`.
+    """
+    work = output / BUILD
+    try:
+        if (output / MANIFEST).exists():
+            found = output / PLAN
+            if not found.exists() or not plan.agrees_with(found.read_text()):
+                raise UserError(
+                    f"{output}: holds a corpus built from other inputs or options; choose another "
+                    f"--output or remove it first"
+                )
+            shutil.rmtree(work, ignore_errors=True)
+            return True
+        work.mkdir(parents=True, exist_ok=True)
+        text = plan.as_json()
+        found_text = (work / PLAN).read_text() if (work / PLAN).exists() else None
+        if found_text is not None and not plan.agrees_with(found_text):
+            raise UserError(
+                f"{output}: holds an unfinished build of other inputs or options; choose another "
+                f"--output or remove it first"
+            )
+        if found_text != text:
+            write_text(work / PLAN, text)
+        if not (work / TOKENIZER).exists():
+            write_text(work / TOKENIZER, tokenizer.definition)
+        if is_alone:
+            remove_leftovers(work)
+            remove_leftovers(output)
+    except (PermissionError, NotADirectoryError, FileExistsError) as error:
+        raise UserError(f"--output {output}: {error.strerror}") from error
+    return False
+
+
+# --- who does what --------------------------------------------------------------------------------
+
+
+def part_path(work: Path, source_index: int, block: int) -> Path:
+    """Where the part of a block lies."""
+    return work / f"part_{source_index:05d}_{block:06d}"
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank has still to do.
+
+    Attributes:
+        blocks: of files that workers read by themselves.
+        whole_sources: streamed from beginning to end by one worker each.
+        divided_sources: streamed by the parent, which takes blocks k with
+            (source + k) % world_size == rank.
+        num_bytes: of all of it, about, for the progress bar.
+    """
+
+    blocks: list[Block]
+    whole_sources: list[int]
+    divided_sources: list[int]
+    rank: int
+    world_size: int
+    num_bytes: int
+
+    def divided(self, plan: Plan, work: Path) -> Iterator[Block]:
+        """The blocks of the divided sources."""
+        for index in self.divided_sources:
+            for block in stream(plan, work, index):
+                is_mine = (index + block.index) % self.world_size == self.rank
+                if is_mine and not part_path(work, index, block.index).exists():
+                    yield block
+
+
+def share_of(plan: Plan, work: Path, rank: int, world_size: int, workers: int) -> Share:
+    """The share of a rank, a pure function of the plan, less what is done already."""
+    size = plan.options.block_bytes
+    blocks = []
+    streamed = []
+    for index, source in enumerate(plan.sources):
+        if not source.is_seekable:
+            streamed.append(index)
+            continue
+        windows = range(readers.num_windows(source, size))
+        for number in windows[(rank - index) % world_size :: world_size]:
+            if not part_path(work, index, number).exists():
+                num_bytes = min(size, source.num_bytes - number * size)
+                blocks.append(Block(index, number, None, num_bytes))
+    is_dealt_whole = len(streamed) >= 4 * world_size
+    if is_dealt_whole:
+        streamed = streamed[rank::world_size]
+        rank, world_size = 0, 1
+    left = [i for i in streamed if not _is_streamed(work, i, rank, world_size)]
+    is_whole = is_dealt_whole and len(left) >= workers
+    total = sum(block.num_bytes for block in blocks)
+    total += sum(plan.sources[i].num_bytes for i in left) // world_size
+    return Share(
+        blocks,
+        whole_sources=left if is_whole else [],
+        divided_sources=[] if is_whole else left,
+        rank=rank,
+        world_size=world_size,
+        num_bytes=total,
+    )
+
+
+def _is_streamed(work: Path, index: int, rank: int, world_size: int) -> bool:
+    """Whether a source was read to its end and this rank's parts of it are there."""
+    record = work / f"blocks_{index:05d}.json"
+    if not record.exists():
+        return False
+    numbers = json.loads(record.read_text())["blocks"]
+    mine = [number for number in numbers if (index + number) % world_size == rank]
+    return all(part_path(work, index, number).exists() for number in mine)
+
+
+def stream(plan: Plan, work: Path, index: int) -> Iterator[Block]:
+    """All blocks of a source that is read from its beginning to its end."""
+    source, size = plan.sources[index], plan.options.block_bytes
+    policy = Policy(plan.options.on_error, Counter())
+    if source.format in TEXT_FORMATS:
+        blocks = readers.stream_blocks(source, index, size, policy)
+    else:
+        rows = readers.read_rows(source, plan.options.text_field, policy)
+        blocks = readers.row_blocks(rows, index, size, source.num_bytes)
+    return recorded(blocks, work, index, policy.counts)
+
+
+def recorded(
+    blocks: Iterable[Block], work: Path, index: int, counts: Counter[str]
+) -> Iterator[Block]:
+    """Pass the blocks of a source through; at its end write down which there were."""
+    numbers = []
+    for block in blocks:
+        numbers.append(block.index)
+        yield block
+    write_text(work / f"blocks_{index:05d}.json", json.dumps({"blocks": numbers, "counts": counts}))
+
+
+def expected_parts(plan: Plan, work: Path) -> tuple[list[tuple[int, Path]], Counter[str]]:
+    """(source index, path) of every part, in the order of the input, and counts of the reading.
+
+    Raises:
+        UserError: parts are missing.
+    """
+    expected: list[tuple[int, Path]] = []
+    counts = Counter(plan.counts)
+    for index, source in enumerate(plan.sources):
+        numbers: Iterable[int]
+        if source.is_seekable:
+            numbers = range(readers.num_windows(source, plan.options.block_bytes))
+        else:
+            record = work / f"blocks_{index:05d}.json"
+            if not record.exists():
+                raise UserError(
+                    f"{source.path}: not read to its end yet; run the shard command of every rank "
+                    f"first, then --finish"
+                )
+            content = json.loads(record.read_text())
+            numbers = content["blocks"]
+            counts.update(content["counts"])
+        expected += [(index, part_path(work, index, number)) for number in numbers]
+    missing = [path.name for _, path in expected if not path.exists()]
+    if missing:
+        raise UserError(
+            f"{len(missing)} of {len(expected)} blocks are not done yet ({missing[0]}, ...); run "
+            f"the shard command of every rank first, then --finish"
+        )
+    return expected, counts

@@ -1,0 +1,287 @@
+"""The inputs of a build: which files, data sets and URLs there are, and streams of their bytes.
+
+An input is looked at before the work begins, so that a missing, empty, misnamed or UTF-16 file is
+reported at once. Compression is told by the name and checked against the content.
+"""
+
+import glob
+import logging
+import lzma
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Literal, cast
+
+from data_tools.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Format = Literal["auto", "text", "sentences", "jsonl", "parquet", "csv", "arrow", "hub"]
+OnError = Literal["fail", "skip"]
+TEXT_FORMATS = ("text", "sentences", "jsonl")
+COMPRESSIONS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".xz": "xz"}
+MAGICS = {"gzip": b"\x1f\x8b", "bz2": b"BZh", "zstd": b"\x28\xb5\x2f\xfd", "xz": b"\xfd7zXZ\0"}
+SUFFIXES: dict[str, Format] = {
+    ".txt": "text",
+    ".text": "text",
+    ".md": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".csv": "csv",
+    ".tsv": "csv",
+    ".arrow": "arrow",
+}
+HEAD_BYTES = 65_536
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input: a file, a URL, a hub data set, or documents from Python.
+
+    Attributes:
+        path: as the user gave it, or as a directory or pattern was resolved.
+        num_bytes: size on disk; 0 where unknown.
+        modified: modification time in ns; 0 where unknown.
+        compression: "gzip", "bz2", "zstd", "xz" or "".
+    """
+
+    path: str
+    format: Format
+    num_bytes: int = 0
+    modified: int = 0
+    compression: str = ""
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether a failure to read may be the network's."""
+        return "://" in self.path or self.format == "hub"
+
+    @property
+    def is_seekable(self) -> bool:
+        """Whether a worker can read any range of it by itself."""
+        return self.format in TEXT_FORMATS and not self.compression and not self.is_remote
+
+
+class BadInputError(UserError):
+    """Bad data; `kind` is the name its count has in the manifest when it is skipped."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:  # it crosses process borders
+        return type(self), (self.kind, str(self))
+
+
+@dataclass
+class Policy:
+    """What to do with bad input: stop, or count and go on."""
+
+    on_error: OnError
+    counts: Counter[str]
+
+    def bad(self, kind: str, message: str | Callable[[], str]) -> None:
+        """Raise BadInputError, or count `kind` under `--on-error skip`.
+
+        Args:
+            message: or what gives it, where that takes a while (to find a line number).
+        """
+        if self.on_error == "fail":
+            text = message if isinstance(message, str) else message()
+            raise BadInputError(
+                kind, f"{text}, or use --on-error skip to leave it out and count it"
+            )
+        self.counts[kind] += 1
+
+
+# --- which inputs ---------------------------------------------------------------------------------
+
+
+def find_sources(inputs: Iterable[str], format: Format, policy: Policy) -> list[Source]:
+    """Resolve paths, directories, globs, URLs and hub names, sorted within each input.
+
+    Raises:
+        UserError: an input does not exist, holds nothing readable, or is misnamed, empty or UTF-16
+            (the last three are counted instead under `--on-error skip`).
+    """
+    sources: list[Source] = []
+    for given in inputs:
+        if format == "hub":
+            sources.append(Source(given, "hub"))
+            continue
+        paths, is_named = _expand(given)
+        kinds = {path: _kind_of(path, format, is_named=is_named) for path in paths}
+        passed_over = [path for path, kind in kinds.items() if kind is None]
+        if len(passed_over) == len(paths):
+            raise UserError(
+                f"{given}: holds no file of a known kind ({', '.join(SUFFIXES)}); name the files "
+                f"one by one, or give --format"
+            )
+        if passed_over:
+            logger.warning(
+                "%s: passed over %d file(s) of unknown kind (%s, ...); name them, or give --format",
+                given, len(passed_over), passed_over[0],
+            )  # fmt: skip
+            policy.counts["sources_passed_over"] += len(passed_over)
+        found = [_examine(path, kind, policy) for path, kind in kinds.items() if kind]
+        sources += [source for source in found if source]
+    doubled = [p for p, n in Counter(source.path for source in sources).items() if n > 1]
+    if doubled:
+        raise UserError(f"{doubled[0]}: named twice among the inputs; name each input once")
+    return sources
+
+
+def _expand(given: str) -> tuple[list[str], bool]:
+    """The files an input stands for, and whether it names a single one."""
+    if "://" in given:
+        return _expand_url(given)
+    path = Path(given)
+    if path.is_dir():
+        hidden = (p.relative_to(path).parts for p in path.rglob("*") if p.is_file())
+        files = [path.joinpath(*p) for p in hidden if not any(n.startswith(".") for n in p)]
+        if not files:
+            raise UserError(f"{given}: the directory holds no files")
+        return [str(p) for p in sorted(files)], False
+    if path.exists():
+        return [given], True
+    matches = glob.glob(given, recursive=True) if glob.has_magic(given) else []
+    if not any(os.path.isfile(m) for m in matches):
+        raise UserError(f"{given}: no such file or directory")
+    return sorted(m for m in matches if os.path.isfile(m)), False
+
+
+def _expand_url(given: str) -> tuple[list[str], bool]:
+    import fsspec
+
+    with _as_user_error(given):
+        filesystem, path = fsspec.core.url_to_fs(given)
+        if not glob.has_magic(path) or filesystem.exists(path):
+            return [given], True
+        matches = filesystem.glob(path)
+    if not matches:
+        raise UserError(f"{given}: nothing matches")
+    return [filesystem.unstrip_protocol(match) for match in sorted(matches)], False
+
+
+@contextmanager
+def _as_user_error(url: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # every protocol of fsspec has its own
+        raise UserError(
+            f"{url}: cannot be opened ({type(error).__name__}: {error}); check the address, the "
+            f"network, and that the protocol's package is installed"
+        ) from error
+
+
+def _kind_of(path: str, format: Format, *, is_named: bool) -> Format | None:
+    """The format of a file; None for one to pass over, like a README among the data."""
+    if format != "auto":
+        return format
+    stem, suffix = os.path.splitext(path)
+    if suffix in COMPRESSIONS:
+        suffix = os.path.splitext(stem)[1]
+    return SUFFIXES.get(suffix.lower(), "text" if is_named else None)
+
+
+def _examine(path: str, format: Format, policy: Policy) -> Source | None:
+    """The source at `path`, or None if it is bad (and counted)."""
+    compression = COMPRESSIONS.get(os.path.splitext(path)[1], "")
+    if "://" in path:
+        import fsspec
+
+        with _as_user_error(path):
+            size = fsspec.open(path).fs.info(path).get("size") or 0
+        return Source(path, format, size, 0, compression)
+    status = os.stat(path)
+    source = Source(path, format, status.st_size, status.st_mtime_ns, compression)
+    with open_file(path) as file:
+        head = file.read(HEAD_BYTES)
+    if not head:
+        policy.bad("sources_empty", f"{path}: is empty; remove it from the inputs")
+        return None
+    if format not in (*TEXT_FORMATS, "csv"):
+        return source
+    actual = next((name for name, magic in MAGICS.items() if head.startswith(magic)), "")
+    if actual != compression:
+        expected = f"named like {compression}" if compression else "not named as compressed"
+        content = f"{actual} data" if actual else f"no {compression} data (begins {head[:8]!r})"
+        policy.bad(
+            "sources_misnamed",
+            f"{path}: {expected} but holds {content}; rename the file to what it is",
+        )
+        return None
+    head, is_whole = read_head(source, HEAD_BYTES)
+    if is_whole and not head.strip():
+        policy.bad("sources_empty", f"{path}: holds only white space; remove it from the inputs")
+        return None
+    if head.startswith((b"\xff\xfe", b"\xfe\xff")):
+        policy.bad(
+            "sources_utf16",
+            f"{path}: UTF-16 (byte order mark {head[:2].hex()}); UTF-8 is expected: convert it "
+            f"with `iconv -f UTF-16 -t UTF-8`",
+        )
+        return None
+    return source
+
+
+# --- streams --------------------------------------------------------------------------------------
+
+
+def open_file(path: str) -> BinaryIO:
+    """Open a file for reading; raises UserError if that is impossible."""
+    try:
+        return open(path, "rb")
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}") from error
+
+
+@contextmanager
+def open_stream(source: Source) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """(uncompressed stream, raw stream) of a file or URL."""
+    if "://" in source.path:
+        import fsspec
+
+        with _as_user_error(source.path):
+            raw = cast(BinaryIO, fsspec.open(source.path, "rb").open())
+    else:
+        raw = open_file(source.path)
+    with raw:
+        if not source.compression:
+            yield raw, raw
+        elif source.compression == "xz":
+            with lzma.open(raw) as stream:
+                yield cast(BinaryIO, stream), raw
+        else:
+            import pyarrow
+
+            # Reads concatenated members and notices truncation, for gzip, bz2 and zstd alike.
+            file = pyarrow.PythonFile(raw, mode="r")
+            yield cast(BinaryIO, pyarrow.CompressedInputStream(file, source.compression)), raw
+
+
+def is_damage(error: Exception) -> bool:
+    """Whether reading failed because of the data, not of the disk or the network."""
+    if isinstance(error, (EOFError, lzma.LZMAError)):
+        return True
+    return isinstance(error, OSError) and error.errno is None  # as pyarrow's decompressors raise it
+
+
+def read_head(source: Source, num_bytes: int) -> tuple[bytes, bool]:
+    """The first uncompressed bytes of a source, and whether it holds no more."""
+    parts, size = [], 0
+    try:
+        with open_stream(source) as (stream, _):
+            while size < num_bytes and (part := stream.read(num_bytes - size)):
+                parts.append(part)
+                size += len(part)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        if not is_damage(error):
+            raise
+        return b"".join(parts), False  # reported when the source is read
+    return b"".join(parts), size < num_bytes

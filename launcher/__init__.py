@@ -1,0 +1,1 @@
+"""The `bert-cpt` command and the ways to start a run."""

@@ -1,0 +1,68 @@
+"""`bert-cpt train --dry-run`: everything but the training."""
+
+import json
+from typing import Any
+
+import numpy as np
+import torch
+
+from bert_cpt.batches import BatchShape, PackedBatch
+from bert_cpt.config import Config
+from bert_cpt.train import phase_loader
+from data_tools.errors import UserError
+from launcher.plan import GIB, Plan
+
+
+def dry_run(config: Config, num_ranks: int) -> str:
+    """The resolved TOML and DeepSpeed JSON, the plan, and the first batch of the first rank.
+
+    Raises:
+        UserError: the run would not start, or its first batch is damaged.
+    """
+    memory = None
+    if torch.cuda.is_available():
+        memory = torch.cuda.get_device_properties(0).total_memory / GIB
+    plan = Plan(config, num_gpus=num_ranks, gpu_memory_gib=memory)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    phase = config.phases[0]
+    resolved = plan.setup.settle_precision(device).resolved(
+        train_batch_size=phase.train_batch_size,
+        micro_batch_size=phase.micro_batch_size,
+        world_size=num_ranks,
+        max_grad_norm=config.optimizer.max_grad_norm,
+    )
+    corpora = plan.setup.corpora
+    shape = BatchShape(phase.train_batch_size, phase.micro_batch_size, num_ranks, rank=0)
+    batch = phase_loader(config, phase, corpora).step(0, shape)[0]
+    figures = check_batch(batch, plan.bert.vocab_size, phase.sequence_length)
+    first = corpora[0].tokenizer.decode(batch.input_ids[: batch.cu_seqlens[1]])
+    sections = {
+        "resolved configuration": config.as_toml(),
+        f"DeepSpeed on {device}": json.dumps(resolved, indent=1),
+        f"plan for {num_ranks} rank(s)": plan.as_text(),
+        "first batch of the first rank": "\n".join(
+            [*(f"{name:<14}{value}" for name, value in figures.items()), f"sample 0      {first}"]
+        ),
+    }
+    return "\n\n".join(f"# {title}\n{text.rstrip()}" for title, text in sections.items())
+
+
+def check_batch(batch: PackedBatch, vocab_size: int, sequence_length: int) -> dict[str, Any]:
+    """Figures of a batch; raises UserError if it does not fit the model."""
+    ids = np.concatenate([batch.input_ids, batch.masked_labels])
+    lengths = np.diff(batch.cu_seqlens)
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        raise UserError(
+            f"the first batch holds token id {ids.max()}, the model has {vocab_size} embeddings"
+        )
+    if lengths.max() > sequence_length:
+        raise UserError(
+            f"the first batch holds a sample of {lengths.max()} tokens, more than "
+            f"data.sequence_length={sequence_length}"
+        )
+    labels = batch.next_sentence_label
+    return {
+        "samples": f"{len(lengths)}, {lengths.min()} to {lengths.max()} tokens",
+        "tokens": f"{batch.num_tokens}, {len(batch.masked_labels) / batch.num_tokens:.1%} masked",
+        "pairs": f"{batch.num_pairs}, {int((labels == 1).sum())} of them random",
+    }

@@ -1,0 +1,238 @@
+"""Start a run on the hosts of a hostfile: DeepSpeed's launcher, pdsh and ssh, without their traps.
+
+- That launcher splices environment values and arguments into a shell line for every host. Here the
+  ranks get one argument, the path of the resolved configuration; what is forwarded holds no
+  character that a shell or pdsh would interpret, and nothing that looks like a key.
+- On SIGINT and SIGTERM it kills every DeepSpeed launcher of the user on all hosts, also those of
+  other jobs. Here a first signal asks the ranks to save and stop, through a file in the run
+  directory; a second one ends exactly the processes of this run.
+- It may exit with 0 when a rank died. Here the run directory says how the run ended.
+"""
+
+import json
+import os
+import re
+import secrets
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+
+from bert_cpt.config import Config
+from bert_cpt.rundir import LAUNCH_ID, read_outcome
+from data_tools.errors import UserError
+from data_tools.files import write_text
+
+FORWARDED = re.compile(
+    r"(NCCL|GLOO|TORCH|PYTORCH|OMP|MKL|HF|TRANSFORMERS|TOKENIZERS|WANDB|TRITON|NUMBA|BERT_CPT|FI)_"
+    r"|(LD_LIBRARY_PATH|DS_ACCELERATOR|XDG_CACHE_HOME|CUDA_HOME|(HTTPS?|NO|https?|no)_PROXY)$"
+)
+ADDED_BY_DEEPSPEED = re.compile(r"MLFLOW|PYTHON|MV2|UCX|NCCL")
+SECRET = re.compile(r"(?i)(^|_)(api_?key|key|token|secret|passw(or)?d|credentials?|auth)(_|$)")
+NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+SAFE_VALUE = re.compile(r"[^$`\\\"%\x00-\x1f]*")  # between double quotes, and to pdsh
+SAFE_PATH = re.compile(r"[\w@+=:,./-]+")
+# A host that is switched off is noticed within a minute; ssh by itself would wait for ever.
+SSH_OPTIONS = (
+    "-oBatchMode=yes", "-oConnectTimeout=15", "-oServerAliveInterval=15", "-oServerAliveCountMax=3",
+)  # fmt: skip
+OUTCOME_SECONDS = 5  # for a network file system to show the file
+
+
+def read_hostfile(path: Path) -> dict[str, int]:
+    """Hosts and their numbers of ranks; raises UserError naming the bad line."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--hostfile {path}: {error}") from error
+    hosts: dict[str, int] = {}
+    for number, line in enumerate(lines, 1):
+        text = line.partition("#")[0].strip()
+        match = re.fullmatch(r"([A-Za-z0-9][\w.-]*)\s+slots=([1-9]\d{0,3})", text)
+        if match and match[1] not in hosts:
+            hosts[match[1]] = int(match[2])
+        elif text:
+            reason = "stands there twice" if match else "expected NAME slots=N"
+            raise UserError(f"--hostfile {path}, line {number}: {text!r}: {reason}")
+    if not hosts:
+        raise UserError(f"--hostfile {path}: names no host; expected lines such as node1 slots=8")
+    return hosts
+
+
+def check_hosts(hosts: Iterable[str], config: Path) -> None:
+    """Raise UserError unless every host answers to ssh, has this Python and sees `config`."""
+    test = shlex.join(["test", "-r", str(config)])
+    command = f"cd {shlex.quote(os.getcwd())} && {shlex.quote(sys.executable)} -c '' && {test}"
+
+    def problem_of(host: str) -> str:
+        answer = subprocess.run(
+            ["ssh", *SSH_OPTIONS, host, command],
+            capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+        if answer.returncode == 0:
+            return ""
+        last = (answer.stderr.strip() or f"{config} is not there").splitlines()[-1]
+        return f"{host}: {last}"
+
+    with ThreadPoolExecutor(32) as pool:
+        problems = list(filter(None, pool.map(problem_of, hosts)))
+    if problems:
+        raise UserError(
+            f"{'; '.join(problems)}. Every host must accept ssh without a password, and see the "
+            f"working directory, {sys.executable} and the run directory under the same paths"
+        )
+
+
+def forwarded(
+    environment: Mapping[str, str], extra: Iterable[str] = ()
+) -> tuple[dict[str, str], list[str]]:
+    """What the ranks get of this environment, and the names that were left out with the reason."""
+    result, left_out = {}, []
+    wanted = set(extra)
+    for name, value in sorted(environment.items()):
+        if not (name in wanted or FORWARDED.match(name) or ADDED_BY_DEEPSPEED.match(name)):
+            continue
+        if SECRET.search(name) or re.search(r"//[^/@]+@", value):
+            left_out.append(f"{name} (looks like a secret; arguments are visible to all users)")
+        elif not NAME.fullmatch(name) or not SAFE_VALUE.fullmatch(value):
+            left_out.append(f"{name} (a character that a shell would interpret)")
+        else:
+            result[name] = value
+    return result, left_out
+
+
+def read_deepspeed_env(directories: Iterable[Path]) -> dict[str, str]:
+    """The user's own .deepspeed_env files; blank lines and comments do no harm here."""
+    result = {}
+    for directory in directories:
+        path = directory / ".deepspeed_env"
+        for line in path.read_text().splitlines() if path.is_file() else []:
+            name, separator, value = line.strip().partition("=")
+            if separator and not name.startswith("#"):
+                result[name.strip()] = value.strip()
+    return result
+
+
+def launcher_command(hostfile: Path, config: Path, master_addr: str | None) -> list[str]:
+    """The command line of DeepSpeed's launcher."""
+    port = 20_000 + secrets.randbelow(12_000)  # another job may run on the first host
+    address = ["--master_addr", master_addr] if master_addr else []
+    return [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile.absolute()),
+        "--force_multi", "--no_ssh_check", "--log_level", "warning", "--master_port", str(port),
+        *address, "--module", "bert_cpt.train", "--config", str(config),
+    ]  # fmt: skip
+
+
+def run_on_hosts(
+    config: Config, hostfile: Path, *, master_addr: str | None = None, forward: Iterable[str] = ()
+) -> int:
+    """Train on the hosts of a hostfile; returns the exit code of the run.
+
+    Args:
+        master_addr: address of the first host for the others; None: what it calls its first one.
+        forward: names of further environment variables for the ranks.
+
+    Raises:
+        UserError: a bad hostfile, a host that cannot be used, pdsh missing.
+    """
+    hosts = read_hostfile(hostfile)
+    config.check_world_size(sum(hosts.values()))
+    run_dir = config.run.output_dir.absolute()
+    resolved = run_dir / "launch.toml"
+    for path in (resolved, Path.cwd(), Path(sys.executable)):
+        if not SAFE_PATH.fullmatch(str(path)):
+            raise UserError(f"{path}: DeepSpeed's launcher cannot carry this path; rename it")
+    if not shutil.which("pdsh"):
+        raise UserError("--hostfile needs pdsh on this machine (the package is called pdsh)")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_text(resolved, config.as_toml())
+    check_hosts(hosts, resolved)
+    launch = secrets.token_hex(8)
+    given = {**read_deepspeed_env([Path.home(), Path.cwd()]), **os.environ, LAUNCH_ID: launch}
+    values, left_out = forwarded(given, {*forward, *given.keys() - os.environ.keys()})
+    for name in left_out:
+        print(f"not forwarded: {name}", file=sys.stderr)
+    command = launcher_command(hostfile, resolved, master_addr)
+    with _environment(values) as environment:
+        code = _run(command, environment, run_dir, launch)
+    return _judge(run_dir, launch, code)
+
+
+@contextmanager
+def _environment(values: Mapping[str, str]) -> Iterator[dict[str, str]]:
+    """The environment of the launcher; `values` reach it in a file that only this user can read."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name in values or not ADDED_BY_DEEPSPEED.match(name)
+    }
+    ssh = f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {' '.join(SSH_OPTIONS)}"
+    with tempfile.NamedTemporaryFile("w", prefix="deepspeed_env_") as file:  # mode 0600
+        file.write("".join(f"{name}={value}\n" for name, value in values.items()))
+        file.flush()
+        yield kept | {"DS_ENV_FILE": file.name, "PDSH_SSH_ARGS_APPEND": ssh.strip()}
+
+
+def _run(command: list[str], environment: Mapping[str, str], run_dir: Path, launch: str) -> int:
+    """Wait for the launcher; a first signal stops the run cleanly, a second one at once."""
+    # In a session of its own: a Ctrl-C must not reach it.
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    num_signals = 0
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal num_signals
+        num_signals += 1
+        if num_signals == 1:
+            (run_dir / "stop").touch()
+            print("saving and stopping; once more to stop at once", file=sys.stderr)
+        else:
+            _kill(run_dir, launch)
+            os.killpg(process.pid, signal.SIGKILL)
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    previous = {number: signal.signal(number, stop) for number in numbers}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _kill(run_dir: Path, launch: str) -> None:
+    """End the processes of this launch on all hosts, by their numbers."""
+    try:
+        content = json.loads((run_dir / "environment.json").read_text())
+    except (OSError, ValueError):
+        return
+    if content.get("launch") != launch:
+        return
+    by_host: dict[str, list[str]] = {}
+    for rank in content["ranks"]:
+        by_host.setdefault(rank["host"], []).append(str(int(rank["pid"])))
+    for host, numbers in by_host.items():
+        subprocess.run(["ssh", *SSH_OPTIONS, host, "kill", "-9", *numbers], check=False)
+
+
+def _judge(run_dir: Path, launch: str, code: int) -> int:
+    """The exit code that the first rank left; without one the run failed."""
+    deadline = time.monotonic() + OUTCOME_SECONDS
+    while (outcome := read_outcome(run_dir, launch)) is None and code != 2:
+        if time.monotonic() > deadline:
+            print(
+                f"the run ended without a word (the launcher's exit code is {code}): a host or a "
+                f"rank may be gone; see {run_dir}/train.log and {run_dir}/logs. The same command "
+                f"goes on from the newest checkpoint",
+                file=sys.stderr,
+            )
+            return 1
+        time.sleep(0.2)
+    return 2 if outcome is None else outcome
