@@ -1,6 +1,8 @@
 """The tree is the architecture: import direction, line budget, and the README's commands."""
 
 import ast
+import io
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -43,13 +45,27 @@ def test_nothing_is_unpickled() -> None:
             assert "trust_remote_code=True" not in text, path.name
 
 
+def lines_of_code(path: Path) -> int:
+    """Lines that hold code: no blank lines, comments or docstrings."""
+    text = path.read_text()
+    docstrings: set[int] = set()
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(
+            node
+        ):
+            docstrings |= set(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    code: set[int] = set()
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in layout | {tokenize.ENDMARKER}:
+            code |= set(range(token.start[0], token.end[0] + 1))
+    return len(code - docstrings)
+
+
 def test_the_library_stays_within_its_line_budget() -> None:
-    lines = {
-        path: len(path.read_text().splitlines())
-        for package in PACKAGES
-        for path in (ROOT / package).rglob("*.py")
-    }
-    assert sum(lines.values()) < LINE_BUDGET, sorted(lines.items(), key=lambda item: -item[1])[:5]
+    paths = [path for package in PACKAGES for path in (ROOT / package).rglob("*.py")]
+    lines = sorted(((lines_of_code(path), path.name) for path in paths), reverse=True)
+    assert sum(number for number, _ in lines) < LINE_BUDGET, lines[:5]
 
 
 def test_ci_runs_the_readme_test_command() -> None:

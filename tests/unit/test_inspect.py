@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import generated_documents
+from tests.conftest import generated_documents
 from typer.testing import CliRunner, Result
 
 from data_tools import inspect as module

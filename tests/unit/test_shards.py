@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import generated_documents
+from tests.conftest import generated_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
