@@ -9,13 +9,17 @@ A batch is packed: the tokens of its samples stand back to back in one stream, w
 `cu_seqlens` says where each begins.
 """
 
+from __future__ import annotations
+
 import json
-import queue
-import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numba import njit
@@ -35,7 +39,9 @@ from data_tools.samples import (
     resolve,
     token_at,
 )
-from data_tools.shards import Shard, ShardSet
+
+if TYPE_CHECKING:  # the arrays need no manifest
+    from data_tools.shards import Shard, ShardSet
 
 PATTERN = 1000  # weights are rounded to 1 / PATTERN
 WAIT_SECONDS = 1800  # for another rank to write the index of an epoch
@@ -211,17 +217,15 @@ class SampleStream:
         seed: int,
         *,
         directory: Path | None = None,
-        is_builder: bool = True,
-        num_threads: int = 1,
+        **building: Any,
     ) -> None:
         """See `EpochIndexes` for the keyword arguments; corpora must share one tokenizer."""
         table = corpora[0].tokenizer.is_continuation
         self.seed = seed
         self.indexes = [
             EpochIndexes(
-                corpus.shards, table, options, _corpus_seed(seed, k),
-                directory=directory / f"corpus_{k}" if directory else None,
-                is_builder=is_builder, num_threads=num_threads,
+                corpus.shards, table, options, int(derive_key(seed, k, 0) >> np.uint64(1)),
+                directory=directory / f"corpus_{k}" if directory else None, **building,
             )
             for k, corpus in enumerate(corpora)
         ]  # fmt: skip
@@ -279,10 +283,6 @@ class SampleStream:
         return Segments(*out), keys
 
 
-def _corpus_seed(seed: int, corpus: int) -> int:
-    return int(derive_key(seed, corpus, 0) >> np.uint64(1))
-
-
 @njit(cache=True)
 def _keys_of(key, samples):
     result = np.empty(len(samples), np.uint64)
@@ -294,11 +294,11 @@ def _keys_of(key, samples):
 # --- dealing --------------------------------------------------------------------------------------
 
 
-@njit(cache=True)
-def deal(lengths, num_bins):
+def deal(lengths: np.ndarray, num_bins: int) -> np.ndarray:
     """Deal samples to bins of equal count so that their tokens are as equal as can be.
 
-    Longest first, each to the bin with the fewest tokens that has room (Graham 1969).
+    In rounds of one sample a bin, longest samples first: the longest of a round goes to the bin
+    with the fewest tokens so far.
 
     Args:
         lengths: int64[n], n a multiple of `num_bins`.
@@ -306,36 +306,14 @@ def deal(lengths, num_bins):
     Returns:
         int64[num_bins, n / num_bins], sample numbers in ascending order within each bin.
     """
-    size = len(lengths) // num_bins
-    order = np.argsort(-lengths, kind="mergesort")
-    bins = np.empty((num_bins, size), np.int64)
-    filled = np.zeros(num_bins, np.int64)
+    rounds = np.argsort(-lengths, kind="stable").reshape(-1, num_bins)
+    bins = np.empty((num_bins, len(rounds)), np.int64)
     totals = np.zeros(num_bins, np.int64)
-    heap = np.arange(num_bins)  # of bins with room, by (tokens, number)
-    num_open = num_bins
-    for sample in order:
-        top = heap[0]
-        bins[top, filled[top]] = sample
-        filled[top] += 1
-        totals[top] += lengths[sample]
-        if filled[top] == size:
-            num_open -= 1
-            heap[0] = heap[num_open]
-        at = 0
-        while True:
-            least = at
-            for child in (2 * at + 1, 2 * at + 2):
-                if child < num_open:
-                    a, b = heap[child], heap[least]
-                    if totals[a] < totals[b] or (totals[a] == totals[b] and a < b):
-                        least = child
-            if least == at:
-                break
-            heap[at], heap[least] = heap[least], heap[at]
-            at = least
-    for b in range(num_bins):
-        bins[b].sort()
-    return bins
+    for number, samples in enumerate(rounds):
+        emptiest_first = np.argsort(totals, kind="stable")
+        bins[emptiest_first, number] = samples
+        totals[emptiest_first] += lengths[samples]
+    return np.sort(bins, axis=1)
 
 
 # --- packing --------------------------------------------------------------------------------------
@@ -399,32 +377,24 @@ def _assemble(
     for n in range(len(keys)):
         start = np.int64(cu_seqlens[n])
         length_a, length_b = segments.length_a[n], segments.length_b[n]
-        ids[start] = cls_id
+        ids[start], types[start] = cls_id, 0
         at = start + 1
-        shard, source = segments.shard_a[n], segments.start_a[n]
-        for k in range(length_a):
-            token = token_at(corpus, shard, source + k)
-            if token < 0 or token >= limit:
-                return count, shard
-            ids[at + k] = token
-        at += length_a
-        ids[at] = sep_id
-        at += 1
-        first_of_b = at - start
-        if length_b > 0:
-            shard, source = segments.shard_b[n], segments.start_b[n]
-            for k in range(length_b):
+        for segment in range(2 if length_b > 0 else 1):
+            shard, source, length = segments.shard_a[n], segments.start_a[n], length_a
+            if segment:
+                shard, source, length = segments.shard_b[n], segments.start_b[n], length_b
+            for k in range(length):
                 token = token_at(corpus, shard, source + k)
                 if token < 0 or token >= limit:
                     return count, shard
                 ids[at + k] = token
-            at += length_b
-            ids[at] = sep_id
-            at += 1
+            ids[at + length] = sep_id
+            for k in range(length + 1):
+                types[at + k] = segment
+            at += length + 1
         size = at - start
         for k in range(size):
             positions[start + k] = k
-            types[start + k] = 1 if k >= first_of_b else 0
         choose_masks(rule, ids, start, length_a, length_b, keys[n], marks, words)
         count = apply_masks(rule, ids, start, size, keys[n], marks, masked, labels, count)
     return count, -1
@@ -488,34 +458,15 @@ class Loader:
 
         The compiled functions release the interpreter's lock, so a thread is enough.
         """
-        ready: queue.Queue[list[PackedBatch] | BaseException | None] = queue.Queue(prefetch)
-        is_stopped = threading.Event()
-
-        def put(item: list[PackedBatch] | BaseException | None) -> None:
-            while not is_stopped.is_set():
-                try:
-                    ready.put(item, timeout=0.1)
-                    return
-                except queue.Full:
-                    continue
-
-        def produce() -> None:
+        begins = iter(range(first, stop, shape.train_batch_size))
+        with ThreadPoolExecutor(1, "loader") as thread:
+            ahead: deque[Future[list[PackedBatch]]] = deque()
             try:
-                for begin in range(first, stop, shape.train_batch_size):
-                    if is_stopped.is_set():
+                while True:
+                    for begin in islice(begins, prefetch + 1 - len(ahead)):
+                        ahead.append(thread.submit(self.step, begin, shape))
+                    if not ahead:
                         return
-                    put(self.step(begin, shape))
-                put(None)
-            except BaseException as error:  # handed to the consumer, who raises it
-                put(error)
-
-        thread = threading.Thread(target=produce, name="loader", daemon=True)
-        thread.start()
-        try:
-            while (item := ready.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
-        finally:
-            is_stopped.set()
-            thread.join()
+                    yield ahead.popleft().result()
+            finally:
+                thread.shutdown(wait=True, cancel_futures=True)
