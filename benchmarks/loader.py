@@ -52,7 +52,7 @@ def ours(corpus: ShardSet, length: int, masking: Masking) -> Rate:
     stream = SampleStream([corpus], [1.0], SampleOptions(length), seed=0)
     tokenizer = corpus.tokenizer
     rule = mask_rule(tokenizer, masking, 0.15)
-    loader = Loader(stream, rule, tokenizer.cls_id, tokenizer.sep_id)
+    loader = Loader(stream, rule)
     shape = BatchShape(BATCH, 32, 1, 0)
     return timed(lambda n: sum(len(batch) for batch in loader.step(n * BATCH, shape)))
 
@@ -98,7 +98,7 @@ def collator(corpus: ShardSet, length: int) -> Rate:
     collate = DataCollatorForLanguageModeling(tokenizer, mlm_probability=0.15)
     stream = SampleStream([corpus], [1.0], SampleOptions(length), seed=0)
     rule = mask_rule(corpus.tokenizer, "token", 0.15)
-    batch = Loader(stream, rule, corpus.tokenizer.cls_id, corpus.tokenizer.sep_id).samples(0, 4096)
+    batch = Loader(stream, rule).samples(0, 4096)
     batch.input_ids[batch.masked_positions] = batch.masked_labels
     rows = [
         {

@@ -45,7 +45,7 @@ def batches_of(shards: Path, sequence_length: int, size: int, count: int) -> lis
     tokenizer = corpus.tokenizer
     stream = SampleStream([corpus], [1.0], SampleOptions(sequence_length), seed=0)
     rule = mask_rule(tokenizer, "token", 0.15)
-    loader = Loader(stream, rule, tokenizer.cls_id, tokenizer.sep_id)
+    loader = Loader(stream, rule)
     return [loader.samples(k * size, size) for k in range(count)]
 
 

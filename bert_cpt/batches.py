@@ -330,8 +330,6 @@ def assemble(
     rule: MaskRule,
     segments: Segments,
     keys: np.ndarray,
-    cls_id: int,
-    sep_id: int,
     sample_numbers: np.ndarray,
 ) -> PackedBatch:
     """Gather, mask and pack samples in one pass.
@@ -348,9 +346,8 @@ def assemble(
     labels = np.empty(total, np.int64)
     next_labels = np.where(segments.label <= RANDOM, segments.label, -100)
     count, bad_shard = _assemble(
-        corpus, rule, segments, keys, cls_id, sep_id, cu_seqlens,
-        ids, types, positions, masked, labels,
-    )  # fmt: skip
+        corpus, rule, segments, keys, cu_seqlens, ids, types, positions, masked, labels
+    )
     if bad_shard >= 0:
         raise UserError(
             f"shard {bad_shard}: holds a token id outside the vocabulary of {len(rule.flags)}; the "
@@ -363,9 +360,7 @@ def assemble(
 
 
 @njit(cache=True, nogil=True)
-def _assemble(
-    corpus, rule, segments, keys, cls_id, sep_id, cu_seqlens, ids, types, positions, masked, labels
-):
+def _assemble(corpus, rule, segments, keys, cu_seqlens, ids, types, positions, masked, labels):
     """Fill the arrays; returns (masked positions, shard with a bad token id or -1)."""
     longest = 0
     for n in range(len(keys)):
@@ -377,7 +372,7 @@ def _assemble(
     for n in range(len(keys)):
         start = np.int64(cu_seqlens[n])
         length_a, length_b = segments.length_a[n], segments.length_b[n]
-        ids[start], types[start] = cls_id, 0
+        ids[start], types[start] = rule.cls_id, 0
         at = start + 1
         for segment in range(2 if length_b > 0 else 1):
             shard, source, length = segments.shard_a[n], segments.start_a[n], length_a
@@ -388,7 +383,7 @@ def _assemble(
                 if token < 0 or token >= limit:
                     return count, shard
                 ids[at + k] = token
-            ids[at + length] = sep_id
+            ids[at + length] = rule.sep_id
             for k in range(length + 1):
                 types[at + k] = segment
             at += length + 1
@@ -424,11 +419,9 @@ class BatchShape:
 class Loader:
     """Batches of a stream for one rank."""
 
-    def __init__(self, stream: SampleStream, rule: MaskRule, cls_id: int, sep_id: int) -> None:
+    def __init__(self, stream: SampleStream, rule: MaskRule) -> None:
         self.stream = stream
         self.rule = rule
-        self.cls_id = cls_id
-        self.sep_id = sep_id
 
     def samples(self, first: int, count: int) -> PackedBatch:
         """Samples `first` to `first + count` - 1, in order, as one batch."""
@@ -446,10 +439,7 @@ class Loader:
         self, segments: Segments, keys: np.ndarray, rows: np.ndarray, first: int
     ) -> PackedBatch:
         part = Segments(*(np.ascontiguousarray(field[rows]) for field in segments))
-        return assemble(
-            self.stream.all_shards, self.rule, part, keys[rows], self.cls_id, self.sep_id,
-            rows + first,
-        )  # fmt: skip
+        return assemble(self.stream.all_shards, self.rule, part, keys[rows], rows + first)
 
     def steps(
         self, first: int, stop: int, shape: BatchShape, prefetch: int = 2

@@ -16,9 +16,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 import shutil
-import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from transformers import AutoTokenizer, BertConfig
 
 from bert_cpt.config import CheckpointConfig, Config
 from bert_cpt.engine import MOMENTS, Engine
+from bert_cpt.metrics import flat
 from data_tools.errors import UserError
 from data_tools.files import sha256_of, sync_directory, write_text
 from data_tools.shards import TOKENIZER, ShardSet
@@ -87,8 +89,8 @@ class Checkpointer:
         self.tokenizer_source = run_dir / "tokenizer"
         self.config = config
         self.bert_config = bert_config
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: Future[None] | None = None
 
     def prepare(self) -> None:
         """Create the directory and remove what a kill left unfinished."""
@@ -110,25 +112,16 @@ class Checkpointer:
                 f"{self.directory}: a checkpoint needs {needed / 2**30:.2f} GiB, "
                 f"{free / 2**30:.2f} GiB are free"
             )
-        self._thread = threading.Thread(
-            target=self._write_safely, args=(tensors, state), name="checkpoint"
-        )
-        self._thread.start()
+        self._writing = self._thread.submit(self._write, tensors, state)
 
     def finish(self) -> None:
         """Wait for the checkpoint being written; raises OSError if it could not be."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        if self._error is not None:
-            error, self._error = self._error, None
-            raise OSError(f"the checkpoint could not be written: {error}") from error
-
-    def _write_safely(self, tensors: dict[str, dict[str, Tensor]], state: CheckpointState) -> None:
+        writing, self._writing = self._writing, None
         try:
-            self._write(tensors, state)
-        except Exception as error:  # raised again by `finish`
-            self._error = error
+            if writing is not None:
+                writing.result()
+        except Exception as error:  # safetensors has errors of its own for a full disk
+            raise OSError(f"the checkpoint could not be written: {error}") from error
 
     def _write(self, tensors: dict[str, dict[str, Tensor]], state: CheckpointState) -> None:
         start = time.perf_counter()
@@ -260,21 +253,19 @@ def restore_engine(engine: Engine, directory: Path, state: CheckpointState) -> N
 # Keys that may differ between a checkpoint and the run that resumes it: they do not change what is
 # computed, or (steps, heldout) only from here on.
 MAY_CHANGE = (
-    "run.output_dir", "data.heldout", "data.heldout_samples", "model.attention",
-    "model.gradient_checkpointing", "model.compile", "train.steps", "train.phases",
-    "train.micro_batch_size", "train.deepspeed_config", "train.max_seconds", "checkpoint",
-    "logging",
-)  # fmt: skip
+    r"run\.output_dir|data\.heldout(_samples|\..*)?|data\.corpora\.\d+\.path"  # compared by content
+    r"|model\.(attention|gradient_checkpointing|compile)|(checkpoint|logging)\..*"
+    r"|train\.(steps|phases.*|micro_batch_size|deepspeed_config|max_seconds)"
+)
 
 
 def check_resumable(state: CheckpointState, config: Config, corpora: list[str]) -> None:
     """Raise UserError if the run that resumes would continue something else."""
-    saved, current = _flat(state.config), _flat(config.model_dump(mode="json"))
+    saved, current = dict(flat(state.config)), dict(flat(config.model_dump(mode="json")))
     for key in sorted(saved.keys() | current.keys()):
-        may_change = any(key == name or key.startswith(name + ".") for name in MAY_CHANGE)
-        if key.startswith("data.corpora") and key.endswith(".path"):
-            may_change = True  # compared by content below
-        if not may_change and saved.get(key) != current.get(key):
+        if re.fullmatch(MAY_CHANGE, key):
+            continue
+        if saved.get(key) != current.get(key):
             raise UserError(
                 f"{key}={current.get(key)!r}, but the checkpoint in {config.run.output_dir} was "
                 f"trained with {saved.get(key)!r}; restore it, or choose another run.output_dir"
@@ -284,19 +275,6 @@ def check_resumable(state: CheckpointState, config: Config, corpora: list[str]) 
             "data.corpora: the shards are not those the checkpoint was trained on (another "
             "manifest); restore them, or choose another run.output_dir"
         )
-
-
-def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            result |= _flat(value, f"{prefix}{key}.")
-        elif isinstance(value, list) and value and isinstance(value[0], dict):
-            for number, item in enumerate(value):
-                result |= _flat(item, f"{prefix}{key}.{number}.")
-        else:
-            result[prefix + key] = value
-    return result
 
 
 def corpus_fingerprints(corpora: list[ShardSet]) -> list[str]:

@@ -6,10 +6,11 @@ Intervals are in optimizer steps; relative paths are relative to the working dir
 """
 
 import difflib
+import re
 import tomllib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -263,9 +264,13 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"])
         if item["type"] == "extra_forbidden":
-            known = _known_keys(schema, item["loc"][:-1])
-            close = difflib.get_close_matches(str(item["loc"][-1]), known, 1, 0.5)
-            hint = f"did you mean {close[0]!r}?" if close else f"known keys: {', '.join(known)}"
+            known = [name for name, _, _ in describe_fields(schema)]
+            known += schema.model_fields
+            name = re.sub(r"\.\d+\b", "", where)
+            section = name.rpartition(".")[0]
+            close = difflib.get_close_matches(name, known, 1, 0.7)
+            near = close or [key for key in known if key.startswith(section + ".")]
+            hint = f"did you mean {' or '.join(map(repr, near or schema.model_fields))}?"
             parts.append(f"unknown key {where!r}; {hint}")
         elif item["type"] == "missing":
             parts.append(f"{where} is missing")
@@ -276,35 +281,18 @@ def explain(error: ValidationError, schema: type[BaseModel]) -> str:
     return "; ".join(parts)
 
 
-def _known_keys(schema: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    for part in location:
-        if isinstance(part, int):
-            continue
-        field = schema.model_fields.get(part)
-        candidates = _models_in(field.annotation) if field else []
-        if not candidates:
-            return []
-        schema = candidates[0]
-    return list(schema.model_fields)
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return (
-        [m for a in get_args(annotation) for m in _models_in(a)] if get_origin(annotation) else []
-    )
-
-
-def describe_fields() -> Iterator[tuple[str, str, str]]:
+def describe_fields(
+    schema: type[BaseModel] | None = None, prefix: str = ""
+) -> Iterator[tuple[str, str, str]]:
     """(section.key, default, description) of every field, for `bert-cpt train --help`."""
-    for section, section_field in Config.model_fields.items():
-        (model,) = _models_in(section_field.annotation)
-        for key, field in model.model_fields.items():
-            default = "required" if field.is_required() else repr(field.default)
-            if isinstance(field.default, Path):
-                default = str(field.default)
-            yield f"{section}.{key}", default, field.description or ""
+    for key, field in (schema or Config).model_fields.items():
+        parts = (field.annotation, *get_args(field.annotation))
+        nested = [p for p in parts if isinstance(p, type) and issubclass(p, BaseModel)]
+        if nested:
+            yield from describe_fields(nested[0], f"{prefix}{key}.")
+        else:
+            default = "required" if field.is_required() else str(field.default)
+            yield prefix + key, default, field.description or ""
 
 
 def shipped(relative: Path) -> Path:

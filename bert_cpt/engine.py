@@ -5,8 +5,9 @@ keeps fp32 weights and moments, what it calls the loss scaler.
 """
 
 import logging
-from collections.abc import Iterator
-from typing import Any, NamedTuple, Protocol
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,12 +22,7 @@ from bert_cpt.optim import learning_rate_factor, make_optimizer, parameter_group
 from bert_cpt.world import World
 from data_tools.hashing import derive_key
 
-
-class Laps(Protocol):
-    """What the engine wants of a stopwatch."""
-
-    def lap(self, name: str) -> None: ...
-
+Lap = Callable[[str], None]  # counts the time since the last one under a name
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SCALER_FIELDS = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
@@ -74,12 +70,10 @@ class Engine:
         self.precision = ds_config.precision
         self.stage = ds_config.stage
         self.bert = model.model
-        self.names = {id(p): name for name, p in self.bert.named_parameters()}
-        original = {name: p.detach().clone() for name, p in self.bert.named_parameters()}
+        self.parameters = dict(self.bert.named_parameters())
+        original = {name: p.detach().clone() for name, p in self.parameters.items()}
         # Half precision would round what is not trained; checkpoints keep the original.
-        self.frozen = {
-            name: original[name] for name, p in self.bert.named_parameters() if not p.requires_grad
-        }
+        self.frozen = {n: original[n] for n, p in self.parameters.items() if not p.requires_grad}
         groups = parameter_groups(self.bert, config.optimizer, new_parameters)
         phase = config.phases[0]
         self.engine, *_ = deepspeed.initialize(
@@ -94,10 +88,9 @@ class Engine:
             dist_init_required=False,
         )
         if self.precision != "fp32":  # DeepSpeed's fp32 weights come from the rounded ones
-            for parameter, name in self._parameters():
-                if name not in self.frozen:
-                    value = original[name].to(world.device)
-                    deepspeed.utils.safe_set_full_fp32_param(parameter, value)
+            for name, parameter in self._trained():
+                value = original[name].to(world.device)
+                deepspeed.utils.safe_set_full_fp32_param(parameter, value)
 
     # --- one optimizer step ---
 
@@ -109,7 +102,7 @@ class Engine:
         self.engine.set_train_batch_size(phase.train_batch_size)
 
     def forward_backward(
-        self, batches: list[PackedBatch], step: int, wants_stop: bool, watch: Laps
+        self, batches: list[PackedBatch], step: int, wants_stop: bool, lap: Lap
     ) -> StepTotals:
         """Accumulate the gradients of this rank's micro-batches.
 
@@ -121,13 +114,17 @@ class Engine:
         key = derive_key(self.config.run.seed, DROPOUT * (1 << 32) + step, world.rank)
         torch.manual_seed(int(key >> 1))
         own = [
-            float(sum(len(b.masked_labels) for b in batches)),
-            float(sum(b.num_pairs for b in batches)),
-            float(sum(b.num_tokens for b in batches)),
-            float(sum((np.diff(b.cu_seqlens).astype(np.int64) ** 2).sum() for b in batches)),
-            float(wants_stop),
+            (
+                len(b.masked_labels),
+                b.num_pairs,
+                b.num_tokens,
+                (np.diff(b.cu_seqlens) ** 2.0).sum(),
+                0,
+            )
+            for b in batches
         ]
-        counts = torch.tensor(own, dtype=torch.float64, device=world.device)
+        own.append((0, 0, 0, 0, wants_stop))
+        counts = torch.tensor(own, dtype=torch.float64, device=world.device).sum(0)
         if world.world_size > 1:
             dist.all_reduce(counts)
         divisors = counts[:2].clamp(min=1).float()
@@ -137,12 +134,12 @@ class Engine:
             loss = result.mlm_loss / divisors[0]
             if result.nsp_loss.requires_grad:
                 loss = loss + result.nsp_loss / divisors[1]
-            watch.lap("forward")
+            lap("forward")
             self.engine.backward(loss * world.world_size, scale_wrt_gas=False)
             step_sums.append(torch.stack([value.detach().double() for value in result]))
             if number < len(batches) - 1:
                 self.engine.step()  # counts the micro-batch; updates only at the last one
-            watch.lap("backward")
+            lap("backward")
         self._last = list(zip(batches, step_sums, strict=True))
         sums = torch.stack(step_sums).sum(0)
         if world.world_size > 1:
@@ -154,7 +151,7 @@ class Engine:
         bad = [batch for batch, sums in self._last if not torch.isfinite(sums[:2]).all()]
         return [int(number) for batch in bad for number in batch.sample_numbers]
 
-    def update(self, step: int, watch: Laps) -> tuple[float, float, bool]:
+    def update(self, step: int, lap: Lap) -> tuple[float, float, bool]:
         """Update the weights at a 0-based step; returns (learning rate, gradient norm, is applied).
 
         Not applied: fp16 skips a step whose gradients overflowed and lowers the loss scale. In fp32
@@ -163,8 +160,9 @@ class Engine:
         factor = learning_rate_factor(step, self.config.total_steps, self.config.schedule)
         rate = set_learning_rate(self.engine.optimizer, self.config.optimizer.learning_rate, factor)
         if self.stage == 0:
-            norm = self._plain_norm()
-            if not torch.isfinite(torch.tensor(norm)):
+            gradients = [p.grad for p in self.parameters.values() if p.grad is not None]
+            norm = float(torch.nn.utils.get_total_norm(gradients))
+            if not math.isfinite(norm):
                 return rate, norm, False
             self.engine.step()
         else:
@@ -177,12 +175,8 @@ class Engine:
                     f"the loss scale is at its minimum {self.loss_scale:g}"
                 ) from error
             norm = float(self.engine.get_global_grad_norm() or 0.0)
-        watch.lap("optimizer")
+        lap("optimizer")
         return rate, norm, bool(self.engine.was_step_applied())
-
-    def _plain_norm(self) -> float:
-        gradients = [p.grad for p in self.bert.parameters() if p.grad is not None]
-        return float(torch.nn.utils.get_total_norm(gradients))
 
     @property
     def loss_scale(self) -> float:
@@ -206,11 +200,9 @@ class Engine:
         if has_moments:
             self._link_moments()
         result: dict[str, dict[str, Tensor]] = {"model": {}, **{key: {} for key in MOMENTS}}
-        for parameter, name in self._parameters():
-            if name in self.frozen:
-                if keep:
-                    result["model"][name] = self.frozen[name].cpu()
-                continue
+        if keep:
+            result["model"] |= {name: value.cpu() for name, value in self.frozen.items()}
+        for name, parameter in self._trained():
             weight = parameter if self.stage == 0 else safe_get_full_fp32_param(parameter)
             values = [weight, torch.zeros_like(weight), torch.zeros_like(weight)]
             if has_moments and self.stage == 0:
@@ -223,9 +215,9 @@ class Engine:
                     result[key][name] = value.detach().float().cpu().clone()
         return result
 
-    def _parameters(self) -> Iterator[tuple[Tensor, str]]:
-        for parameter in self.bert.parameters():
-            yield parameter, self.names[id(parameter)]
+    def _trained(self) -> list[tuple[str, Tensor]]:
+        """In the model's order, so that all ranks call the same collectives."""
+        return [item for item in self.parameters.items() if item[0] not in self.frozen]
 
     def restore(
         self, moments: dict[str, Any], optimizer_step: int, scaler: dict[str, float] | None
@@ -239,9 +231,7 @@ class Engine:
 
         self._allocate_moments()
         self._link_moments()
-        for parameter, name in self._parameters():
-            if name in self.frozen:
-                continue
+        for name, parameter in self._trained():
             for key in MOMENTS:
                 value = moments[key].get_tensor(name).to(self.world.device)
                 if self.stage == 0:
@@ -249,10 +239,8 @@ class Engine:
                 else:
                     safe_set_full_optimizer_state(parameter, value, key)
         for state in self._basic_optimizer.state.values():
-            if isinstance(state.get("step"), Tensor):
-                state["step"].fill_(optimizer_step)
-            elif "step" in state:
-                state["step"] = optimizer_step
+            if "step" in state:  # a tensor, or in DeepSpeed's optimizers a number
+                state["step"] = 0 * state["step"] + optimizer_step
         if scaler and self.precision == "fp16":
             for field, value in scaler.items():
                 setattr(self.engine.optimizer.loss_scaler, field, value)

@@ -53,8 +53,7 @@ def heldout_loader(corpus: ShardSet, *, sequence_length: int, is_paired: bool) -
         check_pairs_possible(corpus.shards, str(corpus.directory))
     options = SampleOptions(sequence_length, short_seq_prob=0.0, is_paired=is_paired)
     stream = SampleStream([corpus], [1.0], options, EVALUATION_SEED)
-    rule = mask_rule(corpus.tokenizer, "token", MASK_SHARE)
-    return Loader(stream, rule, corpus.tokenizer.cls_id, corpus.tokenizer.sep_id)
+    return Loader(stream, mask_rule(corpus.tokenizer, "token", MASK_SHARE))
 
 
 def evaluate(

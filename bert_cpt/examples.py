@@ -28,7 +28,7 @@ def example_pairs(corpus: ShardSet, count: int, sequence_length: int = 128) -> l
     options = SampleOptions(sequence_length, is_paired=is_paired)
     stream = SampleStream([corpus], [1.0], options, seed=0)
     tokenizer = corpus.tokenizer
-    loader = Loader(stream, mask_rule(tokenizer, "token", 0.15), tokenizer.cls_id, tokenizer.sep_id)
+    loader = Loader(stream, mask_rule(tokenizer, "token", 0.15))
     batch = loader.samples(0, min(count, len(stream.indexes[0].get(0))))
     return [_example(batch, tokenizer, n) for n in range(len(batch.next_sentence_label))]
 

@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from transformers import (
@@ -15,10 +15,9 @@ from transformers import (
     BertModel,
     PreTrainedModel,
 )
-from transformers.utils import logging as transformers_logging
 
 from bert_cpt.checkpoint import TOKENIZER_FILES, publish
-from bert_cpt.model import load_bert_config
+from bert_cpt.model import from_pretrained, load_bert_config
 from data_tools.errors import UserError
 
 ExportKind = Literal["pretraining", "masked-lm", "encoder", "sentence-transformers"]
@@ -66,14 +65,11 @@ def export(checkpoint: str, output: Path, kind: ExportKind = "pretraining") -> l
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists and is not empty; choose another directory")
     load_bert_config(checkpoint)
-    verbosity = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
     aside = output.with_name(f".{output.name}.tmp")
     shutil.rmtree(aside, ignore_errors=True)
     try:
-        model, missing = _load(CLASSES[kind], checkpoint)
-        if missing:
+        model, info = from_pretrained(CLASSES[kind], checkpoint)
+        if missing := sorted(info["missing_keys"]):
             raise UserError(
                 f"{checkpoint}: lacks {', '.join(missing[:4])}; it cannot be exported as {kind}: "
                 f"try --as masked-lm or --as encoder"
@@ -91,32 +87,16 @@ def export(checkpoint: str, output: Path, kind: ExportKind = "pretraining") -> l
             output.rmdir()
         publish(aside, output)
     finally:
-        transformers_logging.set_verbosity(verbosity)
         shutil.rmtree(aside, ignore_errors=True)
     return loaded
 
 
-def _load(model_class: type[PreTrainedModel], path: str) -> tuple[PreTrainedModel, list[str]]:
-    try:
-        answer: Any = model_class.from_pretrained(
-            path,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    except OSError as error:
-        reason = str(error).strip().splitlines()[0][:300]
-        raise UserError(f"{path}: cannot be loaded ({reason})") from error
-    model, info = answer
-    return model, sorted(info["missing_keys"])
-
-
 def _check(loader: type, directory: Path, model: PreTrainedModel) -> str:
     """Load with one of transformers' automatic classes and compare the encoder's weights."""
-    found, missing = _load(loader, str(directory))
+    found, info = from_pretrained(loader, str(directory))
     # A masked-lm model has no pooler, which AutoModel would add.
-    assert not [name for name in missing if "pooler" not in name], f"{loader.__name__}: {missing}"
+    missing = [name for name in info["missing_keys"] if "pooler" not in name]
+    assert not missing, f"{loader.__name__}: {missing}"
     encoder = getattr(model, "bert", model)
     reloaded = getattr(found, "bert", found).state_dict()
     for name, value in encoder.state_dict().items():

@@ -29,6 +29,8 @@ class MaskRule(NamedTuple):
     mode: int
     probability: float
     mask_id: int
+    cls_id: int
+    sep_id: int
     flags: np.ndarray  # uint8[vocab_size]: CONTINUATION, SPECIAL
     replacements: np.ndarray  # int32[n], ids that may replace a token
 
@@ -38,8 +40,9 @@ def mask_rule(tokenizer: BulkTokenizer, masking: Masking, probability: float) ->
     flags = np.where(tokenizer.is_continuation, CONTINUATION, np.uint8(0))
     flags[list(tokenizer.special_ids)] |= SPECIAL
     return MaskRule(
-        MODES[masking], probability, tokenizer.mask_id, flags, tokenizer.replacement_ids
-    )
+        MODES[masking], probability, tokenizer.mask_id, tokenizer.cls_id, tokenizer.sep_id,
+        flags, tokenizer.replacement_ids,
+    )  # fmt: skip
 
 
 @njit(cache=True, inline="always")

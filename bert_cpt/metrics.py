@@ -12,6 +12,7 @@ import os
 import secrets
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,9 @@ class Metrics:
         self.file.write(json.dumps(_plain(record)) + "\n")
         self.file.flush()
         if self.wandb_run is not None:
-            numbers = {f"{kind}/{k}": v for k, v in _flat(values) if isinstance(v, (int, float))}
+            numbers = {
+                f"{kind}/{k}": v for k, v in flat(values, "/") if isinstance(v, (int, float))
+            }
             try:
                 self.wandb_run.log(numbers, step=step)
             except Exception as error:  # a tracker never stops a run
@@ -169,13 +172,13 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    result = []
-    for key, value in values.items():
-        result += (
-            _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else [(prefix + key, value)]
-        )
-    return result
+def flat(value: Any, separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in nested tables and lists."""
+    if isinstance(value, dict | list) and value:
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from flat(item, separator, f"{prefix}{separator if prefix else ''}{key}")
+    else:
+        yield prefix, value
 
 
 def _thousands(value: float) -> str:

@@ -131,38 +131,38 @@ def load_model(
     if hidden_dropout is not None:
         config.hidden_dropout_prob = hidden_dropout
     model_class: type[Bert] = BertForPreTraining if nsp else BertForMaskedLM
+    model: Bert
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if init == "scratch":
-            model = model_class(config)
-            loaded: list[str] = []
-            new, ignored = sorted(_names(model)), loaded
+            model, ignored = model_class(config), []
+            new = [name for name, _ in model.named_parameters()]
         else:
-            model, loaded, new, ignored = _load_weights(model_class, checkpoint, config)
+            model, info = from_pretrained(model_class, checkpoint, config=config)
+            _check_loaded(checkpoint, info)
+            new, ignored = info["missing_keys"], info["unexpected_keys"]
+    names = {name for name, _ in model.named_parameters()}
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    return model, LoadReport(checkpoint, init, num_parameters, loaded, new, ignored)
+    new = sorted(names & set(new))
+    loaded = sorted(names - set(new))
+    return model, LoadReport(checkpoint, init, num_parameters, loaded, new, sorted(ignored))
 
 
-def _names(model: Bert) -> set[str]:
-    return {name for name, _ in model.named_parameters()}
+def from_pretrained(model_class: type, checkpoint: str, **options: Any) -> tuple[Any, Any]:
+    """An fp32 model from safetensors, and transformers' loading info; quiet, no remote code.
 
-
-def _load_weights(
-    model_class: type[Bert], checkpoint: str, config: BertConfig
-) -> tuple[Bert, list[str], list[str], list[str]]:
+    Raises:
+        UserError: there are no weights that can be read.
+    """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # "seems corrupted" for a plain encoder
     transformers_logging.disable_progress_bar()
     try:
-        answer: Any = model_class.from_pretrained(
-            checkpoint,
-            config=config,
-            dtype=torch.float32,
-            use_safetensors=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
+        loader: Any = model_class
+        return loader.from_pretrained(
+            checkpoint, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+            ignore_mismatched_sizes=True, output_loading_info=True, **options,
+        )  # fmt: skip
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise UserError(
@@ -172,21 +172,20 @@ def _load_weights(
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
-    model, info = answer
+
+
+def _check_loaded(checkpoint: str, info: Any) -> None:
     if info["mismatched_keys"]:
         name, found, expected = sorted(info["mismatched_keys"])[0]
         raise UserError(
             f"{checkpoint}: {name} has shape {tuple(found)}, but its config.json asks for "
             f"{tuple(expected)}; weights and configuration do not belong together"
         )
-    parameters = _names(model)
-    new = sorted(parameters & set(info["missing_keys"]))
-    if "bert.embeddings.word_embeddings.weight" in new or len(new) == len(parameters):
+    if "bert.embeddings.word_embeddings.weight" in info["missing_keys"]:
         raise UserError(
             f"{checkpoint}: its weights hold no BERT encoder (no word embeddings); expected a BERT "
             f"checkpoint"
         )
-    return model, sorted(parameters - set(new)), new, sorted(info["unexpected_keys"])
 
 
 def freeze(model: Bert, *, embeddings: bool, num_layers: int) -> int:
@@ -260,9 +259,16 @@ class PretrainingModel(nn.Module):
 
     def forward(self, batch: DeviceBatch) -> Sums:
         """Sums of both losses, so that the caller can normalise over ranks and micro-batches."""
-        return self._packed(batch) if self.is_packed else self._padded(batch)
+        logits, labels, pair_logits = (self._packed if self.is_packed else self._padded)(batch)
+        mlm_loss, mlm_correct = _loss_sum(logits, labels)
+        if pair_logits is None:
+            zero = torch.zeros_like(mlm_loss)
+            return Sums(mlm_loss, zero, mlm_correct, zero)
+        nsp_loss, nsp_correct = _loss_sum(pair_logits, batch.next_sentence_label)
+        return Sums(mlm_loss, nsp_loss, mlm_correct, nsp_correct)
 
-    def _packed(self, batch: DeviceBatch) -> Sums:
+    def _packed(self, batch: DeviceBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """MLM logits, their labels, NSP logits."""
         packing = Packing(batch.cu_seqlens, batch.lengths, batch.max_length)
         hidden = self.model.bert(
             batch.input_ids[None],
@@ -271,29 +277,18 @@ class PretrainingModel(nn.Module):
             packing=packing,
         ).last_hidden_state[0]
         logits = self.model.cls.predictions(hidden[batch.masked_positions])
-        mlm_loss, mlm_correct = _loss_sum(logits, batch.masked_labels)
         if not self.has_nsp:
-            return Sums(
-                mlm_loss, torch.zeros_like(mlm_loss), mlm_correct, torch.zeros_like(mlm_correct)
-            )
+            return logits, batch.masked_labels, None
         # The pooler takes the first position of each row: rows of one position, each a [CLS].
         pooled = self.model.bert.pooler(hidden[batch.cu_seqlens[:-1]][:, None])
-        pair_logits = self.model.cls.seq_relationship(pooled)
-        nsp_loss, nsp_correct = _loss_sum(pair_logits, batch.next_sentence_label)
-        return Sums(mlm_loss, nsp_loss, mlm_correct, nsp_correct)
+        return logits, batch.masked_labels, self.model.cls.seq_relationship(pooled)
 
-    def _padded(self, batch: DeviceBatch) -> Sums:
-        rows, inputs = pad(batch)
+    def _padded(self, batch: DeviceBatch) -> tuple[Tensor, Tensor, Tensor | None]:
+        labels, inputs = pad(batch)
         output = self.model(**inputs)
         logits = output.prediction_logits if self.has_nsp else output.logits
-        mlm_loss, mlm_correct = _loss_sum(logits.flatten(0, 1), rows.flatten())
-        if not self.has_nsp:
-            return Sums(
-                mlm_loss, torch.zeros_like(mlm_loss), mlm_correct, torch.zeros_like(mlm_correct)
-            )
-        pair_logits = output.seq_relationship_logits
-        nsp_loss, nsp_correct = _loss_sum(pair_logits, batch.next_sentence_label)
-        return Sums(mlm_loss, nsp_loss, mlm_correct, nsp_correct)
+        pair_logits = output.seq_relationship_logits if self.has_nsp else None
+        return logits.flatten(0, 1), labels.flatten(), pair_logits
 
 
 def _loss_sum(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

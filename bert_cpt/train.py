@@ -259,14 +259,10 @@ def loop(run: Run) -> int:
             if state.global_step % config.checkpoint.interval == 0 or is_stopping:
                 save(run, is_last=is_stopping)
             if is_stopping and state.global_step < config.total_steps:
-                seconds = time.monotonic() - run.stop.started
-                reason = run.stop.reason
                 logger.info(
                     "stopped at step %d by %s after %.0f s; saved",
-                    state.global_step,
-                    reason,
-                    seconds,
-                )
+                    state.global_step, run.stop.reason, time.monotonic() - run.stop.started,
+                )  # fmt: skip
                 run.world.barrier()
                 return EXIT_REQUEUE
     finish(run)
@@ -276,48 +272,41 @@ def loop(run: Run) -> int:
 def steps_of(run: Run, phase: Phase) -> Iterator[list[PackedBatch]]:
     """The micro-batches of this rank for every step of a phase that is left."""
     world = run.world
-    directory = run.directory / "index" / f"phase_{phase.number}"
     loader = phase_loader(
-        run.config, phase, run.setup.corpora, directory=directory, is_builder=world.is_main
-    )
+        run.config, phase, run.setup.corpora, is_builder=world.is_main,
+        directory=run.directory / "index" / f"phase_{phase.number}",
+    )  # fmt: skip
     shape = BatchShape(phase.train_batch_size, phase.micro_batch_size, world.world_size, world.rank)
     first = run.state.consumed_samples - phase.first_sample
     steps = loader.steps(first, phase.steps * phase.train_batch_size, shape)
     return run.interval.timed(steps)
 
 
-def phase_loader(
-    config: Config,
-    phase: Phase,
-    corpora: list[ShardSet],
-    *,
-    directory: Path | None = None,
-    is_builder: bool = True,
-) -> Loader:
+def phase_loader(config: Config, phase: Phase, corpora: list[ShardSet], **building: Any) -> Loader:
     """The samples of a phase; see `EpochIndexes` for the keyword arguments."""
     stream = SampleStream(
         corpora,
         [corpus.weight for corpus in config.data.corpora],
         SampleOptions(phase.sequence_length, config.data.short_seq_prob, config.objective.nsp),
         int(derive_key(config.run.seed, PHASES, phase.number) >> 1),
-        directory=directory,
-        is_builder=is_builder,
         num_threads=os.cpu_count() or 1,
+        **building,
     )
-    tokenizer = corpora[0].tokenizer
-    rule = mask_rule(tokenizer, config.objective.masking, config.objective.mlm_probability)
-    return Loader(stream, rule, tokenizer.cls_id, tokenizer.sep_id)
+    rule = mask_rule(
+        corpora[0].tokenizer, config.objective.masking, config.objective.mlm_probability
+    )
+    return Loader(stream, rule)
 
 
 def train_step(run: Run, phase: Phase, batches: list[PackedBatch]) -> bool:
     """One optimizer step; returns whether all ranks are to stop after it."""
-    state, engine, watch = run.state, run.engine, run.interval.watch
+    state, engine, lap = run.state, run.engine, run.interval.watch.lap
     with run.interval.step():
-        totals = engine.forward_backward(batches, state.global_step, run.stop.is_wanted, watch)
+        totals = engine.forward_backward(batches, state.global_step, run.stop.is_wanted, lap)
         if not (math.isfinite(totals.mlm_loss) and math.isfinite(totals.nsp_loss)):
             raise TrainingError(describe_bad_loss(run, totals))
         try:
-            rate, norm, is_applied = engine.update(state.global_step, watch)
+            rate, norm, is_applied = engine.update(state.global_step, lap)
         except OverflowError as error:
             raise TrainingError(describe_overflow(run, str(error))) from error
     run.interval.add(phase, totals, rate, norm)

@@ -45,7 +45,7 @@ def loader_of(*corpora: ShardSet, seed: int = 3, weights: tuple[float, ...] = (1
     stream = SampleStream(corpora, weights, OPTIONS, seed)
     tokenizer = corpora[0].tokenizer
     rule = mask_rule(tokenizer, "token", 0.15)
-    return Loader(stream, rule, tokenizer.cls_id, tokenizer.sep_id)
+    return Loader(stream, rule)
 
 
 def rows_of(batch: PackedBatch) -> dict[int, tuple[object, ...]]:

@@ -170,7 +170,7 @@ def one_document(tiny_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory
         ("data.sequence_length=256", "the model has 128 positions"),
         ("train.deepspeed_config={tmp}/none.json", "no such file"),
         ("train.train_batch_size=30", "no multiple"),
-        ("train.stepz=1", "did you mean 'steps'"),
+        ("train.stepz=1", "did you mean 'train.steps'"),
         ("run.output_dir=/proc/none", "/proc/none"),
     ],
 )

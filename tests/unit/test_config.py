@@ -47,7 +47,7 @@ def test_the_resolved_configuration_reads_back_equal(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (["train.stepz=7"], "did you mean 'steps'"),
+        (["train.stepz=7"], "did you mean 'train.steps'"),
         (["trian.steps=7"], "did you mean 'train'"),
         (["optimizer.learning_rate=-1"], "optimizer.learning_rate=-1"),
         (["data.sequence_length=1024"], "less than or equal to 512"),

@@ -18,7 +18,7 @@ def rule(mode: str, probability: float = 0.15) -> MaskRule:
     flags[[0, CLS, SEP, MASK, UNK]] = SPECIAL
     flags[FIRST_PIECE:] = CONTINUATION
     replacements = np.arange(FIRST_WORD, VOCABULARY, dtype=np.int32)
-    return MaskRule(MODES[mode], probability, MASK, flags, replacements)
+    return MaskRule(MODES[mode], probability, MASK, CLS, SEP, flags, replacements)
 
 
 def mask(
