@@ -35,8 +35,7 @@ def run_demo(output: Path) -> int:
     os.environ.setdefault("WANDB_MODE", "disabled")
     from bert_cpt.config import shipped
 
-    example = shipped(CONFIG)
-    checkpoint = demo_checkpoint()
+    example, checkpoint = shipped(CONFIG), demo_checkpoint()
     if output.exists() and not output.is_dir():
         raise UserError(f"--output {output}: is a file; give a directory")
     print("1/4  sharding the sample corpus", flush=True)
@@ -56,14 +55,22 @@ def run_demo(output: Path) -> int:
     if code:
         return code
     print("3/4  exporting", flush=True)
+    from bert_cpt.export import export
+
     model = output / "model"
     if not model.exists():
-        from bert_cpt.export import export
-
         export(str(output / "run"), model)
     print("4/4  reloading with plain transformers and filling a mask", flush=True)
     answers = _fill_mask(model)
-    print(_summary(output, answers))
+    figures = json.loads((output / "run" / "evaluation.json").read_text())
+    print(f"\n  {'held-out health':<16}{'before':>10}{'after':>10}")
+    for name, form in (("mlm_loss", "10.3f"), ("mlm_accuracy", "10.1%"), ("nsp_accuracy", "10.1%")):
+        values = (format(figures[when]["health"][name], form) for when in ("before", "after"))
+        print(f"  {name.replace('_', ' '):<16}{''.join(values)}")
+    print(f"\n  {QUESTION} -> {', '.join(answers)}\n")
+    print(f"  shards          {output / 'shards'}")
+    print(f"  run             {output / 'run'} (train.log, metrics.jsonl, checkpoints)")
+    print(f"  model           {output / 'model'} (any transformers program loads it)")
     return 0
 
 
@@ -82,36 +89,6 @@ def _shard(example: Path, checkpoint: Path, output: Path) -> None:
 
 
 def _fill_mask(model: Path) -> list[str]:
-    import torch
-    from transformers import AutoModelForMaskedLM, AutoTokenizer
+    from transformers import pipeline
 
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    inputs = tokenizer(QUESTION, return_tensors="pt")
-    with torch.no_grad():
-        logits = AutoModelForMaskedLM.from_pretrained(model).eval()(**inputs).logits
-    position = (inputs["input_ids"][0] == tokenizer.mask_token_id).nonzero()[0, 0]
-    top = logits[0, position].topk(5).indices.tolist()
-    return [str(tokenizer.convert_ids_to_tokens(index)) for index in top]
-
-
-def _summary(output: Path, answers: list[str]) -> str:
-    figures = json.loads((output / "run" / "evaluation.json").read_text())
-    before, after = (figures[when]["health"] for when in ("before", "after"))
-    rows = [
-        f"  {'MLM loss':<16}{before['mlm_loss']:>10.3f}{after['mlm_loss']:>10.3f}",
-        f"  {'MLM accuracy':<16}{before['mlm_accuracy']:>10.1%}{after['mlm_accuracy']:>10.1%}",
-        f"  {'NSP accuracy':<16}{before['nsp_accuracy']:>10.1%}{after['nsp_accuracy']:>10.1%}",
-    ]
-    return "\n".join(
-        [
-            "",
-            f"  {'held-out health':<16}{'before':>10}{'after':>10}",
-            *rows,
-            "",
-            f"  {QUESTION} -> {', '.join(answers)}",
-            "",
-            f"  shards          {output / 'shards'}",
-            f"  run             {output / 'run'} (train.log, metrics.jsonl, checkpoints)",
-            f"  model           {output / 'model'} (any transformers program loads it)",
-        ]
-    )
+    return [answer["token_str"] for answer in pipeline("fill-mask", str(model))(QUESTION)]

@@ -1,7 +1,6 @@
 """`bert-cpt train --dry-run`: everything but the training."""
 
 import json
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,50 +18,42 @@ def dry_run(config: Config, num_ranks: int) -> str:
     Raises:
         UserError: the run would not start, or its first batch is damaged.
     """
-    memory = None
+    device, memory = "cpu", None
     if torch.cuda.is_available():
-        memory = torch.cuda.get_device_properties(0).total_memory / GIB
+        device, memory = "cuda", torch.cuda.get_device_properties(0).total_memory / GIB
     plan = Plan(config, num_gpus=num_ranks, gpu_memory_gib=memory)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     phase = config.phases[0]
     resolved = plan.setup.settle_precision(device).resolved(
-        train_batch_size=phase.train_batch_size,
-        micro_batch_size=phase.micro_batch_size,
-        world_size=num_ranks,
-        max_grad_norm=config.optimizer.max_grad_norm,
-    )
-    corpora = plan.setup.corpora
+        train_batch_size=phase.train_batch_size, micro_batch_size=phase.micro_batch_size,
+        world_size=num_ranks, max_grad_norm=config.optimizer.max_grad_norm,
+    )  # fmt: skip
     shape = BatchShape(phase.train_batch_size, phase.micro_batch_size, num_ranks, rank=0)
-    batch = phase_loader(config, phase, corpora).step(0, shape)[0]
+    batch = phase_loader(config, phase, plan.setup.corpora).step(0, shape)[0]
     figures = check_batch(batch, plan.bert.vocab_size, phase.sequence_length)
-    first = corpora[0].tokenizer.decode(batch.input_ids[: batch.cu_seqlens[1]])
+    tokenizer = plan.setup.corpora[0].tokenizer
+    figures["sample 0"] = tokenizer.decode(batch.input_ids[: batch.cu_seqlens[1]])
     sections = {
         "resolved configuration": config.as_toml(),
         f"DeepSpeed on {device}": json.dumps(resolved, indent=1),
         f"plan for {num_ranks} rank(s)": plan.as_text(),
-        "first batch of the first rank": "\n".join(
-            [*(f"{name:<14}{value}" for name, value in figures.items()), f"sample 0      {first}"]
-        ),
+        "first batch of the first rank": "\n".join(f"{k:<14}{v}" for k, v in figures.items()),
     }
     return "\n\n".join(f"# {title}\n{text.rstrip()}" for title, text in sections.items())
 
 
-def check_batch(batch: PackedBatch, vocab_size: int, sequence_length: int) -> dict[str, Any]:
+def check_batch(batch: PackedBatch, vocab_size: int, sequence_length: int) -> dict[str, str]:
     """Figures of a batch; raises UserError if it does not fit the model."""
     ids = np.concatenate([batch.input_ids, batch.masked_labels])
     lengths = np.diff(batch.cu_seqlens)
-    if ids.min() < 0 or ids.max() >= vocab_size:
+    if ids.min() < 0 or ids.max() >= vocab_size or lengths.max() > sequence_length:
         raise UserError(
-            f"the first batch holds token id {ids.max()}, the model has {vocab_size} embeddings"
+            f"the first batch holds token ids {ids.min()} to {ids.max()} in samples of up to "
+            f"{lengths.max()} tokens; the model has {vocab_size} embeddings and "
+            f"data.sequence_length is {sequence_length}"
         )
-    if lengths.max() > sequence_length:
-        raise UserError(
-            f"the first batch holds a sample of {lengths.max()} tokens, more than "
-            f"data.sequence_length={sequence_length}"
-        )
-    labels = batch.next_sentence_label
+    random = int((batch.next_sentence_label == 1).sum())
     return {
         "samples": f"{len(lengths)}, {lengths.min()} to {lengths.max()} tokens",
         "tokens": f"{batch.num_tokens}, {len(batch.masked_labels) / batch.num_tokens:.1%} masked",
-        "pairs": f"{batch.num_pairs}, {int((labels == 1).sum())} of them random",
+        "pairs": f"{batch.num_pairs}, {random} of them random",
     }

@@ -4,25 +4,21 @@
   ranks get one argument, the path of the resolved configuration; what is forwarded holds no
   character that a shell or pdsh would interpret, and nothing that looks like a key.
 - On SIGINT and SIGTERM it kills every DeepSpeed launcher of the user on all hosts, also those of
-  other jobs. Here a first signal asks the ranks to save and stop, through a file in the run
-  directory; a second one ends exactly the processes of this run.
+  other jobs. Here a signal asks the ranks to save and stop, through a file in the run directory.
 - It may exit with 0 when a rank died. Here the run directory says how the run ended.
 """
 
-import json
 import os
 import re
 import secrets
-import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -69,18 +65,14 @@ def read_hostfile(path: Path) -> dict[str, int]:
 
 def check_hosts(hosts: Iterable[str], config: Path) -> None:
     """Raise UserError unless every host answers to ssh, has this Python and sees `config`."""
-    test = shlex.join(["test", "-r", str(config)])
-    command = f"cd {shlex.quote(os.getcwd())} && {shlex.quote(sys.executable)} -c '' && {test}"
+    command = f"cd {os.getcwd()} && {sys.executable} -c '' && cat {config}"  # all SAFE_PATHs
 
     def problem_of(host: str) -> str:
         answer = subprocess.run(
             ["ssh", *SSH_OPTIONS, host, command],
             capture_output=True, text=True, check=False, stdin=subprocess.DEVNULL,
         )  # fmt: skip
-        if answer.returncode == 0:
-            return ""
-        last = (answer.stderr.strip() or f"{config} is not there").splitlines()[-1]
-        return f"{host}: {last}"
+        return f"{host}: {answer.stderr.strip()}" if answer.returncode else ""
 
     with ThreadPoolExecutor(32) as pool:
         problems = list(filter(None, pool.map(problem_of, hosts)))
@@ -112,24 +104,12 @@ def forwarded(
 def read_deepspeed_env(directories: Iterable[Path]) -> dict[str, str]:
     """The user's own .deepspeed_env files; blank lines and comments do no harm here."""
     result = {}
-    for directory in directories:
-        path = directory / ".deepspeed_env"
+    for path in (directory / ".deepspeed_env" for directory in directories):
         for line in path.read_text().splitlines() if path.is_file() else []:
             name, separator, value = line.strip().partition("=")
             if separator and not name.startswith("#"):
                 result[name.strip()] = value.strip()
     return result
-
-
-def launcher_command(hostfile: Path, config: Path, master_addr: str | None) -> list[str]:
-    """The command line of DeepSpeed's launcher."""
-    port = 20_000 + secrets.randbelow(12_000)  # another job may run on the first host
-    address = ["--master_addr", master_addr] if master_addr else []
-    return [
-        sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile.absolute()),
-        "--force_multi", "--no_ssh_check", "--log_level", "warning", "--master_port", str(port),
-        *address, "--module", "bert_cpt.train", "--config", str(config),
-    ]  # fmt: skip
 
 
 def run_on_hosts(
@@ -157,46 +137,45 @@ def run_on_hosts(
     write_text(resolved, config.as_toml())
     check_hosts(hosts, resolved)
     launch = secrets.token_hex(8)
-    given = {**read_deepspeed_env([Path.home(), Path.cwd()]), **os.environ, LAUNCH_ID: launch}
-    values, left_out = forwarded(given, {*forward, *given.keys() - os.environ.keys()})
+    own = read_deepspeed_env([Path.home(), Path.cwd()])
+    values, left_out = forwarded({**own, **os.environ, LAUNCH_ID: launch}, {*forward, *own})
     for name in left_out:
         print(f"not forwarded: {name}", file=sys.stderr)
-    command = launcher_command(hostfile, resolved, master_addr)
-    with _environment(values) as environment:
-        code = _run(command, environment, run_dir, launch)
-    return _judge(run_dir, launch, code)
-
-
-@contextmanager
-def _environment(values: Mapping[str, str]) -> Iterator[dict[str, str]]:
-    """The environment of the launcher; `values` reach it in a file that only this user can read."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if name in values or not ADDED_BY_DEEPSPEED.match(name)
-    }
-    ssh = f"{os.environ.get('PDSH_SSH_ARGS_APPEND', '')} {' '.join(SSH_OPTIONS)}"
     with tempfile.NamedTemporaryFile("w", prefix="deepspeed_env_") as file:  # mode 0600
         file.write("".join(f"{name}={value}\n" for name, value in values.items()))
         file.flush()
-        yield kept | {"DS_ENV_FILE": file.name, "PDSH_SSH_ARGS_APPEND": ssh.strip()}
+        ssh = [os.environ.get("PDSH_SSH_ARGS_APPEND", ""), *SSH_OPTIONS]
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if name in values or not ADDED_BY_DEEPSPEED.match(name)
+        } | {"DS_ENV_FILE": file.name, "PDSH_SSH_ARGS_APPEND": " ".join(ssh).strip()}
+        code = _run(launcher_command(hostfile, resolved, master_addr), environment, run_dir)
+    return _judge(run_dir, launch, code)
 
 
-def _run(command: list[str], environment: Mapping[str, str], run_dir: Path, launch: str) -> int:
-    """Wait for the launcher; a first signal stops the run cleanly, a second one at once."""
+def launcher_command(hostfile: Path, config: Path, master_addr: str | None) -> list[str]:
+    """The command line of DeepSpeed's launcher."""
+    port = 20_000 + secrets.randbelow(12_000)  # another job may run on the first host
+    address = ["--master_addr", master_addr] if master_addr else []
+    return [
+        sys.executable, "-m", "deepspeed.launcher.runner", "--hostfile", str(hostfile.absolute()),
+        "--force_multi", "--no_ssh_check", "--log_level", "warning", "--master_port", str(port),
+        *address, "--module", "bert_cpt.train", "--config", str(config),
+    ]  # fmt: skip
+
+
+def _run(command: list[str], environment: Mapping[str, str], run_dir: Path) -> int:
+    """Wait for the launcher; a signal stops the run, a second one the waiting."""
     # In a session of its own: a Ctrl-C must not reach it.
     process = subprocess.Popen(command, env=environment, start_new_session=True)
-    num_signals = 0
+    stop_file = run_dir / "stop"
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal num_signals
-        num_signals += 1
-        if num_signals == 1:
-            (run_dir / "stop").touch()
-            print("saving and stopping; once more to stop at once", file=sys.stderr)
-        else:
-            _kill(run_dir, launch)
+        if stop_file.exists():
             os.killpg(process.pid, signal.SIGKILL)
+        stop_file.touch()
+        print("the ranks save and stop; once more to wait no longer", file=sys.stderr)
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
     previous = {number: signal.signal(number, stop) for number in numbers}
@@ -207,32 +186,17 @@ def _run(command: list[str], environment: Mapping[str, str], run_dir: Path, laun
             signal.signal(number, handler)
 
 
-def _kill(run_dir: Path, launch: str) -> None:
-    """End the processes of this launch on all hosts, by their numbers."""
-    try:
-        content = json.loads((run_dir / "environment.json").read_text())
-    except (OSError, ValueError):
-        return
-    if content.get("launch") != launch:
-        return
-    by_host: dict[str, list[str]] = {}
-    for rank in content["ranks"]:
-        by_host.setdefault(rank["host"], []).append(str(int(rank["pid"])))
-    for host, numbers in by_host.items():
-        subprocess.run(["ssh", *SSH_OPTIONS, host, "kill", "-9", *numbers], check=False)
-
-
 def _judge(run_dir: Path, launch: str, code: int) -> int:
     """The exit code that the first rank left; without one the run failed."""
     deadline = time.monotonic() + OUTCOME_SECONDS
-    while (outcome := read_outcome(run_dir, launch)) is None and code != 2:
-        if time.monotonic() > deadline:
-            print(
-                f"the run ended without a word (the launcher's exit code is {code}): a host or a "
-                f"rank may be gone; see {run_dir}/train.log and {run_dir}/logs. The same command "
-                f"goes on from the newest checkpoint",
-                file=sys.stderr,
-            )
-            return 1
+    while (outcome := read_outcome(run_dir, launch)) is None and time.monotonic() < deadline:
         time.sleep(0.2)
-    return 2 if outcome is None else outcome
+    if outcome is not None:
+        return outcome
+    print(
+        f"the run ended without a word (the launcher's exit code is {code}): a host or a rank may "
+        f"be gone; see {run_dir}/train.log and {run_dir}/logs. The same command goes on from the "
+        f"newest checkpoint",
+        file=sys.stderr,
+    )
+    return 1

@@ -4,6 +4,7 @@ On one machine the processes are started here rather than by the deepspeed launc
 other ranks as soon as one ends and reports success when a rank dies of a signal.
 """
 
+import math
 import os
 import signal
 import socket
@@ -25,14 +26,11 @@ def run_ranks(command: Sequence[str], num_ranks: int, *, grace_seconds: int = GR
     Returns:
         0 if all ranks ended with 0; 2 or 85 if one said so; else 1.
     """
-    port = str(_free_port())
-    environment = dict(os.environ) | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": port,
-        "WORLD_SIZE": str(num_ranks),
-    }
-    threads = max(1, (os.cpu_count() or 1) // num_ranks)
-    environment.setdefault("OMP_NUM_THREADS", str(threads))
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = str(probe.getsockname()[1])
+    threads = str(max(1, (os.cpu_count() or 1) // num_ranks))
+    environment = {"OMP_NUM_THREADS": threads, **os.environ, "WORLD_SIZE": str(num_ranks)}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     processes: list[subprocess.Popen[bytes]] = []
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -61,31 +59,18 @@ def run_ranks(command: Sequence[str], num_ranks: int, *, grace_seconds: int = GR
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], grace_seconds: int) -> int:
-    deadline = None
+    deadline = math.inf
     while any(process.poll() is None for process in processes):
-        failed = [p.returncode for p in processes if p.returncode not in (None, 0, 85)]
-        if failed and deadline is None:
-            deadline = time.monotonic() + grace_seconds
-        if deadline is not None and time.monotonic() > deadline:
+        if any(process.returncode not in (None, 0, 85) for process in processes):
+            deadline = min(deadline, time.monotonic() + grace_seconds)
+        if time.monotonic() > deadline:
             for process in processes:
-                if process.poll() is None:
-                    process.kill()
+                process.kill()
         time.sleep(0.05)
     codes = [process.returncode for process in processes]
     for rank, code in enumerate(codes):
         if code < 0 and -code != signal.SIGKILL:
             print(f"rank {rank} died of {signal.Signals(-code).name}", file=sys.stderr)
-    if all(code == 0 for code in codes):
-        return 0
-    return next((code for code in (2, 85) if code in codes and _agree(codes, code)), 1)
-
-
-def _agree(codes: list[int], code: int) -> bool:
-    """85 counts only if every rank saved; 2 if any rank named bad input."""
-    return code == 2 or all(each == code for each in codes)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    if 2 in codes:  # a rank named bad input
+        return 2
+    return codes[0] if codes[0] in (0, 85) and len(set(codes)) == 1 else 1

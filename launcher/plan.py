@@ -15,10 +15,8 @@ when b is 4. Small parameters stay whole at stage 3. Activations are what autogr
 
 import copy
 import json
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,6 +24,7 @@ from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
 
 from bert_cpt.batches import sample_lengths
 from bert_cpt.config import Config, Phase
+from bert_cpt.ds_config import resolve_precision
 from bert_cpt.metrics import format_seconds
 from bert_cpt.model import freeze
 from bert_cpt.setup import check_setup
@@ -35,16 +34,14 @@ from data_tools.errors import UserError
 from data_tools.shards import ShardSet
 
 GIB = 2**30
-RESERVED_BYTES = int(
-    1.5 * GIB
-)  # CUDA context, NCCL, fragmentation: an allowance, not a measurement
+RESERVED_BYTES = 3 * GIB // 2  # CUDA context, NCCL, fragmentation: allowed for, not measured
 BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's default for reduce_bucket_size
 SMALL_ELEMENTS = 100_000  # and for stage3_param_persistence_threshold
 NUM_PROFILED = 2000
+BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
-@dataclass(frozen=True)
-class Parameters:
+class Parameters(NamedTuple):
     """Numbers of parameters: all, those that are trained, those that ZeRO 3 keeps whole."""
 
     total: int
@@ -52,23 +49,7 @@ class Parameters:
     small: int
 
 
-@dataclass(frozen=True)
-class Profile:
-    """What samples of a phase look like, from the first shard of every corpus.
-
-    Attributes:
-        mean_length: tokens of a sample.
-        mean_square_length: sum of squared lengths over the sum of lengths.
-        epoch_samples: samples of one epoch of each corpus.
-    """
-
-    mean_length: float
-    mean_square_length: float
-    epoch_samples: list[int]
-
-
-@dataclass(frozen=True)
-class Choice:
+class Choice(NamedTuple):
     """One ZeRO stage in one precision: bytes on the device of a rank, and what a step sends."""
 
     stage: int
@@ -78,17 +59,9 @@ class Choice:
     optimizer_bytes: int
     buffer_bytes: int
     activation_bytes: int
+    total_bytes: int
     sent_bytes: int
     largest_micro_batch: int | None
-    is_configured: bool
-
-    @property
-    def state_bytes(self) -> int:
-        return self.weights_bytes + self.gradients_bytes + self.optimizer_bytes
-
-    @property
-    def total_bytes(self) -> int:
-        return self.state_bytes + self.buffer_bytes + self.activation_bytes + RESERVED_BYTES
 
 
 def count_parameters(config: Config, bert_config: BertConfig) -> Parameters:
@@ -106,23 +79,22 @@ def count_parameters(config: Config, bert_config: BertConfig) -> Parameters:
 
 
 def state_bytes(
-    parameters: Parameters, *, stage: int, precision: str, world_size: int, offloads: bool = False
+    parameters: Parameters, *, stage: int, precision: str, world_size: int
 ) -> tuple[int, int, int]:
     """Bytes of (weights, gradients, optimizer) on the device of one rank."""
-    size = 4 if precision == "fp32" else 2
-    total, trained = parameters.total, parameters.trained
+    size, (total, trained, small) = BYTES[precision], parameters
     if stage == 0:
         return 4 * total, 4 * trained, 8 * trained
-    weights = size * total if stage < 3 else size * (total // world_size + parameters.small)
+    weights = size * total if stage < 3 else size * (total // world_size + small)
     gradients = size * trained if stage == 1 else size * trained // world_size
-    return weights, gradients, 0 if offloads else 12 * trained // world_size
+    return weights, gradients, 12 * trained // world_size
 
 
 def activation_bytes(
     config: Config, bert: BertConfig, *, num_tokens: int, num_samples: int, precision: str
 ) -> int:
     """Bytes that a forward pass keeps for the backward pass, and the largest temporaries."""
-    size = 4 if precision == "fp32" else 2
+    size = BYTES[precision]
     hidden, inner = bert.hidden_size, bert.intermediate_size
     dropout = config.model.hidden_dropout
     has_dropout = bert.hidden_dropout_prob > 0 if dropout is None else dropout > 0
@@ -145,38 +117,38 @@ def sent_bytes(
     parameters: Parameters, *, stage: int, precision: str, world_size: int, num_micro_batches: int
 ) -> int:
     """Bytes that one rank sends in an optimizer step."""
-    size = 4 if precision == "fp32" else 2
-    times = {0: 2, 1: 3, 2: 2 * num_micro_batches + 1, 3: 2 * num_micro_batches}[stage]
-    return times * size * parameters.trained * (world_size - 1) // world_size
+    times = (2, 3, 2 * num_micro_batches + 1, 2 * num_micro_batches)[stage]
+    return times * BYTES[precision] * parameters.trained * (world_size - 1) // world_size
 
 
-def profile_samples(config: Config, phase: Phase, corpora: list[ShardSet]) -> Profile:
-    """Build the index of the first shard of every corpus and look at some samples."""
-    firsts = []
-    for corpus in corpora:
-        first = copy.copy(corpus)
-        first.shards = corpus.shards[:1]
-        firsts.append(first)
+def profile_samples(
+    config: Config, phase: Phase, corpora: list[ShardSet]
+) -> tuple[float, float, list[int]]:
+    """Build the index of the first shard of every corpus and look at some samples.
+
+    Returns:
+        Tokens of a sample; squared lengths over lengths, summed; samples in an epoch of a corpus.
+    """
+    firsts = [copy.copy(corpus) for corpus in corpora]
+    for first in firsts:
+        first.shards = first.shards[:1]
     stream = phase_loader(config, phase, firsts).stream
     lengths = sample_lengths(stream.take(0, NUM_PROFILED)[0]).astype(np.float64)
     shares = [c.manifest.num_tokens / max(1, len(c.shards[0].tokens)) for c in corpora]
     sizes = [len(index.get(0)) for index in stream.indexes]
-    return Profile(
-        mean_length=float(lengths.mean()),
-        mean_square_length=float((lengths**2).sum() / lengths.sum()),
-        epoch_samples=[round(n * share) for n, share in zip(sizes, shares, strict=True)],
-    )
+    epochs = [round(n * share) for n, share in zip(sizes, shares, strict=True)]
+    return float(lengths.mean()), float((lengths**2).sum() / lengths.sum()), epochs
 
 
-def measured_rate(run_dir: Path) -> float | None:
-    """Tokens a second and rank in the last log interval of a run; None if there is none."""
+def measured_rate(run_dir: Path) -> float:
+    """Tokens a second and rank in the last log interval of a run."""
     try:
         ranks = len(json.loads((run_dir / "environment.json").read_text())["ranks"])
         lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-        records = [r for r in map(json.loads, lines) if r["kind"] == "train"]
-        return float(records[-1]["tokens_per_second"]) / ranks
-    except (OSError, ValueError, KeyError, IndexError, TypeError):
-        return None
+        rates = [r["tokens_per_second"] for r in map(json.loads, lines) if r["kind"] == "train"]
+        return float(rates[-1]) / ranks
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise UserError(f"--measured {run_dir}: no run directory with measured steps") from error
 
 
 class Plan:
@@ -199,75 +171,60 @@ class Plan:
         self.config, self.num_gpus = config, num_gpus
         self.memory_bytes = int(gpu_memory_gib * GIB) if gpu_memory_gib else None
         self.setup = check_setup(config)
-        self.bert, corpora = self.setup.bert_config, self.setup.corpora
+        self.bert = self.setup.bert_config
         config.check_world_size(num_gpus)
         self.parameters = count_parameters(config, self.bert)
-        self.profiles = [profile_samples(config, phase, corpora) for phase in config.phases]
-        self.largest = max(
-            config.phases, key=lambda phase: phase.micro_batch_size * phase.sequence_length
-        )
-        self.tokens = [
-            round(phase.steps * phase.train_batch_size * profile.mean_length)
-            for phase, profile in self._phases()
-        ]
-        self.seconds = self._seconds(tflops, measured_rate(measured_in) if measured_in else None)
-        self.choices = list(self._choices())
-
-    def _phases(self) -> Iterator[tuple[Phase, Profile]]:
-        return zip(self.config.phases, self.profiles, strict=True)
-
-    def _seconds(self, tflops: float | None, rate: float | None) -> float | None:
-        if tflops is None:
-            return sum(self.tokens) / (rate * self.num_gpus) if rate else None
-        flops = 0.0
-        for (_, profile), num_tokens in zip(self._phases(), self.tokens, strict=True):
-            flops += num_tokens * flops_per_token(
-                self.bert,
-                mean_square_length=profile.mean_square_length,
-                masked_share=self.config.objective.mlm_probability,
-                mean_length=profile.mean_length,
-            )
-        return flops / (tflops * 1e12 * self.num_gpus)
-
-    # --- memory ---
-
-    @property
-    def precision(self) -> str:
-        """As configured; "auto" is taken for half precision, as on any GPU."""
-        enabled = [
-            k for k in ("bf16", "fp16") if self.setup.ds_content.get(k, {}).get("enabled", False)
-        ]
-        return enabled[0] if enabled else "fp32"
-
-    def _choices(self) -> Iterator[Choice]:
-        zero = self.setup.ds_content["zero_optimization"]
-        configured = (zero["stage"], self.precision)
-        half = self.precision if self.precision != "fp32" else "bf16"
-        for precision in ("fp32", half):
-            for stage in range(4) if precision == "fp32" else range(1, 4):
-                yield self._choice(stage, precision, zero, (stage, precision) == configured)
-
-    def _choice(self, stage: int, precision: str, zero: dict[str, Any], is_own: bool) -> Choice:
-        device = zero.get("offload_optimizer", {}).get("device", "none")
-        offloads = device != "none" and is_own
-        size, phase = 4 if precision == "fp32" else 2, self.largest
-        has_two = zero.get("overlap_comm", stage == 3) and stage in (1, 2)
-        elements = zero.get("reduce_bucket_size", BUCKET_ELEMENTS) if stage else 0
-        weights, gradients, optimizer = state_bytes(
-            self.parameters,
-            stage=stage, precision=precision, world_size=self.num_gpus, offloads=offloads,
+        self.largest = max(config.phases, key=lambda p: p.micro_batch_size * p.sequence_length)
+        self._count(tflops, measured_rate(measured_in) if measured_in else None)
+        self.ds_config = resolve_precision(  # "auto" as on a GPU of today
+            config.train.deepspeed_config, self.setup.ds_content,
+            device="cuda", has_bf16=True, has_fp16=True,
         )  # fmt: skip
-        buffers = int(elements) * size * (2 if has_two else 1)
+        half = "fp16" if self.ds_config.precision == "fp16" else "bf16"
+        self.choices = [
+            *(self._choice(stage, "fp32") for stage in range(4)),
+            *(self._choice(stage, half) for stage in range(1, 4)),
+        ]
+        own = (self.ds_config.stage, self.ds_config.precision)
+        self.configured = next(choice for choice in self.choices if choice[:2] == own)
+
+    def _count(self, tflops: float | None, rate: float | None) -> None:
+        """Samples, tokens, passes over each corpus, and seconds if a rate is known."""
+        config, flops, self.samples, self.tokens = self.config, 0.0, 0, 0
+        weights = np.array([corpus.weight for corpus in config.data.corpora])
+        passes = np.zeros(len(weights))
+        for phase in config.phases:
+            length, square, epoch = profile_samples(config, phase, self.setup.corpora)
+            samples = phase.steps * phase.train_batch_size
+            passes += samples * weights / weights.sum() / np.maximum(1, epoch)
+            tokens = round(samples * length)
+            flops += tokens * flops_per_token(
+                self.bert, mean_square_length=square, mean_length=length,
+                masked_share=config.objective.mlm_probability,
+            )  # fmt: skip
+            self.samples += samples
+            self.tokens += tokens
+        self.epochs = [round(float(value), 3) for value in passes]
+        self.seconds = self.tokens / (rate * self.num_gpus) if rate else None
+        if tflops is not None:
+            self.seconds = flops / (tflops * 1e12 * self.num_gpus)
+
+    def _choice(self, stage: int, precision: str) -> Choice:
+        zero, phase = self.ds_config.content["zero_optimization"], self.largest
+        kind: Any = {"stage": stage, "precision": precision, "world_size": self.num_gpus}
+        weights, gradients, optimizer = state_bytes(self.parameters, **kind)
+        if self.ds_config.offloads_optimizer and stage:
+            optimizer = 0
+        num_buffers = 2 if zero.get("overlap_comm", False) and stage in (1, 2) else min(1, stage)
+        bucket = int(zero.get("reduce_bucket_size", BUCKET_ELEMENTS))
+        buffers = num_buffers * bucket * BYTES[precision]
+        taken = weights + gradients + optimizer + buffers + RESERVED_BYTES
+        activations = self._activations(phase.micro_batch_size, precision)
         accumulation = phase.train_batch_size // (phase.micro_batch_size * self.num_gpus)
+        sent = sent_bytes(self.parameters, num_micro_batches=accumulation, **kind)
         return Choice(
-            stage, precision, weights, gradients, optimizer, buffers,
-            activation_bytes=self._activations(phase.micro_batch_size, precision),
-            sent_bytes=sent_bytes(
-                self.parameters, stage=stage, precision=precision, world_size=self.num_gpus,
-                num_micro_batches=accumulation,
-            ),
-            largest_micro_batch=self._largest(weights + gradients + optimizer + buffers, precision),
-            is_configured=is_own,
+            stage, precision, weights, gradients, optimizer, buffers, activations,
+            taken + activations, sent, self._largest_micro_batch(taken, precision),
         )  # fmt: skip
 
     def _activations(self, micro_batch: int, precision: str) -> int:
@@ -277,17 +234,13 @@ class Plan:
             num_tokens=num_tokens, num_samples=micro_batch, precision=precision,
         )  # fmt: skip
 
-    def _largest(self, taken: int, precision: str) -> int | None:
+    def _largest_micro_batch(self, taken: int, precision: str) -> int | None:
         if self.memory_bytes is None:
             return None
-        room = self.memory_bytes - taken - RESERVED_BYTES
+        room = self.memory_bytes - taken
         share = self.largest.train_batch_size // self.num_gpus
         fitting = (n for n in range(share, 0, -1) if share % n == 0)
         return next((n for n in fitting if self._activations(n, precision) <= room), 0)
-
-    @property
-    def configured(self) -> Choice:
-        return next(choice for choice in self.choices if choice.is_configured)
 
     def check_fits(self) -> None:
         """Raise UserError if the configured run does not fit the stated memory."""
@@ -299,7 +252,8 @@ class Plan:
 
     def recommendation(self) -> str:
         """A ZeRO stage and a micro-batch for the configured precision, and why."""
-        choices = [choice for choice in self.choices if choice.precision == self.precision]
+        precision = self.ds_config.precision
+        choices = [choice for choice in self.choices if choice.precision == precision]
         if self.memory_bytes is None:
             return (
                 f"ZeRO {choices[0].stage} sends least; give --gpu-memory-gib to see whether it "
@@ -312,29 +266,13 @@ class Plan:
                 "data.sequence_length or ds_configs/zero2_offload_fp16.json"
             )
         best = next(choice for choice in choices if 2 * (choice.largest_micro_batch or 0) >= most)
-        micro = best.largest_micro_batch or 0
+        micro = best.largest_micro_batch
         reason = "the lowest that fits, and so the one that sends least"
-        if micro < most:
+        if micro != most:
             reason += f" ({most} would fit with a higher one, which gains little)"
-        elif micro == self.largest.train_batch_size // self.num_gpus:
-            reason += "; the micro-batch is the whole share of a GPU, nothing is accumulated"
         return f"ZeRO {best.stage} with train.micro_batch_size={micro}: {reason}"
 
     # --- output ---
-
-    @property
-    def num_samples(self) -> int:
-        return sum(phase.steps * phase.train_batch_size for phase in self.config.phases)
-
-    def epochs(self) -> list[float]:
-        """Passes over each corpus."""
-        weights = np.array([corpus.weight for corpus in self.config.data.corpora])
-        shares = weights / weights.sum()
-        result = np.zeros(len(shares))
-        for phase, profile in self._phases():
-            drawn = phase.steps * phase.train_batch_size * shares
-            result += drawn / np.maximum(1, np.array(profile.epoch_samples))
-        return [round(float(value), 3) for value in result]
 
     def disk_bytes(self) -> int:
         """Checkpoints that are kept, one being written, and the final model."""
@@ -347,54 +285,50 @@ class Plan:
         """All figures, for --json."""
         return {
             "num_gpus": self.num_gpus,
-            "parameters": asdict(self.parameters),
+            "parameters": self.parameters._asdict(),
             "steps": self.config.total_steps,
-            "samples": self.num_samples,
-            "tokens": sum(self.tokens),
-            "epochs": self.epochs(),
+            "samples": self.samples,
+            "tokens": self.tokens,
+            "epochs": self.epochs,
             "hours": self.seconds and self.seconds / 3600,
             "gpu_hours": self.seconds and self.seconds * self.num_gpus / 3600,
             "disk_bytes": self.disk_bytes(),
             "reserved_bytes": RESERVED_BYTES,
-            "choices": [
-                asdict(c) | {"state_bytes": c.state_bytes, "total_bytes": c.total_bytes}
-                for c in self.choices
-            ],
+            "configured": self.choices.index(self.configured),
+            "choices": [choice._asdict() for choice in self.choices],
             "recommendation": self.recommendation(),
         }
 
     def as_text(self) -> str:
         """The same for people."""
-        config, seconds = self.config, self.seconds
+        config, seconds, count = self.config, self.seconds, self.parameters
         hours = "unknown; give --tflops (achieved by one GPU) or --measured RUN_DIR"
         if seconds is not None:
             hours = f"{format_seconds(seconds)}, {seconds * self.num_gpus / 3600:.1f} GPU-hours"
-        corpora = zip(config.data.corpora, self.epochs(), strict=True)
-        passes = ", ".join(f"{value:.2f} of {corpus.path}" for corpus, value in corpora)
-        fill = self.profiles[0].mean_length / config.phases[0].sequence_length
+        corpora = zip(config.data.corpora, self.epochs, strict=True)
+        fill = self.tokens / sum(
+            p.steps * p.train_batch_size * p.sequence_length for p in config.phases
+        )
         rows = [
-            f"model         {self.parameters.total / 1e6:.1f} M parameters, "
-            f"{self.parameters.trained / 1e6:.1f} M trained",
+            f"model         {count.total / 1e6:.1f} M parameters, {count.trained / 1e6:.1f} M of "
+            f"them trained",
             f"steps         {config.total_steps:,} on {self.num_gpus} GPU(s)",
-            f"samples       {self.num_samples:,}, {sum(self.tokens) / 1e6:,.1f} M tokens "
-            f"(samples are {100 * fill:.0f} % full)",
-            f"epochs        {passes}",
+            f"samples       {self.samples:,}, {self.tokens / 1e6:,.1f} M tokens "
+            f"(samples are {fill:.0%} full)",
+            "epochs        " + ", ".join(f"{n:.2f} of {corpus.path}" for corpus, n in corpora),
             f"time          {hours}",
             f"disk          {self.disk_bytes() / GIB:.2f} GiB for checkpoints and the final model",
             "",
             f"GiB a GPU with micro-batches of {self.largest.micro_batch_size} x "
             f"{self.largest.sequence_length}:",
-            f"{'ZeRO':<6}{'':<6}{'weights':>9}{'grads':>8}{'optim':>8}{'buffers':>9}{'activ.':>8}"
-            f"{'total':>8}{'sent/step':>11}{'largest':>9}",
+            "ZeRO          weights   grads   optim buffers  activ.   total sent/step largest",
         ]
-        for c in self.choices:
-            largest = "-" if c.largest_micro_batch is None else str(c.largest_micro_batch)
-            parts = (c.weights_bytes, c.gradients_bytes, c.optimizer_bytes, c.buffer_bytes)
-            w, g, o, b = (part / GIB for part in parts)
+        for choice in self.choices:
+            figures = "".join(f"{number / GIB:8.2f}" for number in choice[2:8])
+            largest = "-" if choice.largest_micro_batch is None else choice.largest_micro_batch
             rows.append(
-                f"{c.stage:<6}{c.precision:<6}{w:>9.2f}{g:>8.2f}{o:>8.2f}{b:>9.2f}"
-                f"{c.activation_bytes / GIB:>8.2f}{c.total_bytes / GIB:>8.2f}"
-                f"{c.sent_bytes / GIB:>11.2f}{largest:>9}{'  <- configured' * c.is_configured}"
+                f"{choice.stage:<6}{choice.precision:<7}{figures}{choice.sent_bytes / GIB:10.2f}"
+                f"{largest:>8}{'  <- configured' if choice is self.configured else ''}"
             )
         rows += [
             f"totals hold {RESERVED_BYTES / GIB:.1f} GiB for CUDA, NCCL and fragmentation; "
