@@ -6,11 +6,13 @@ head each sequence's own [CLS]. In padded mode everything is computed as transfo
 reference.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,8 +24,10 @@ from transformers.utils import logging as transformers_logging
 
 from bert_cpt.attention import NAME as PACKED_ATTENTION
 from bert_cpt.attention import Packing
-from bert_cpt.batches import PackedBatch
 from data_tools.errors import UserError
+
+if TYPE_CHECKING:  # the model runs where neither numba nor pydantic is installed
+    from bert_cpt.batches import PackedBatch
 
 Bert = BertForPreTraining | BertForMaskedLM
 

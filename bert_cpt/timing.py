@@ -1,5 +1,7 @@
 """Where the time of a step goes, what was done in it, and what the hardware could do at best."""
 
+from __future__ import annotations
+
 import resource
 import time
 from collections import defaultdict
@@ -7,15 +9,16 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import BertConfig
 
-from bert_cpt.config import Phase
-from bert_cpt.engine import StepTotals
-from bert_cpt.world import World
+if TYPE_CHECKING:
+    from bert_cpt.config import Phase
+    from bert_cpt.engine import StepTotals
+    from bert_cpt.world import World
 
 
 class Stopwatch:

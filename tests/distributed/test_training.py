@@ -66,7 +66,9 @@ def test_the_split_into_ranks_micro_batches_and_stages_changes_nothing(
     assert reference.keys() == other.keys() == set(range(1, 21))
     for step in reference:
         assert other[step] == pytest.approx(reference[step], rel=2e-6, abs=1e-6)
-    assert_close(weights(split_runs[split]), weights(split_runs["1 x 4"]), 1e-6)
+    # Another forward, equal in its gradients to 1e-5; Adam carries that into the weights.
+    tolerance = 1e-5 if split == "padded" else 1e-6
+    assert_close(weights(split_runs[split]), weights(split_runs["1 x 4"]), tolerance)
 
 
 def test_a_run_repeats_bit_for_bit(split_runs: dict[str, Path]) -> None:

@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from tests.conftest import generated_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
@@ -33,6 +32,7 @@ from data_tools.sentences import make_splitter
 from data_tools.shards import Manifest
 from data_tools.tokenizer import BulkTokenizer, load_tokenizer
 from launcher.cli import app
+from tests.conftest import generated_documents
 
 SMALL = BuildOptions(block_bytes=8_192, shard_tokens=10_000)
 

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.conftest import generated_documents
 from typer.testing import CliRunner, Result
 
 from data_tools import inspect as module
@@ -14,6 +13,7 @@ from data_tools import open_shards, write_shards
 from data_tools.inspect import statistics
 from data_tools.tokenizer import load_tokenizer
 from launcher.cli import app
+from tests.conftest import generated_documents
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.conftest import generated_documents
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
@@ -16,6 +15,7 @@ from data_tools import UserError, open_shards, write_shards
 from data_tools.shards import Shard, read_manifest, write_shard
 from data_tools.tokenizer import load_tokenizer
 from launcher.cli import app
+from tests.conftest import generated_documents
 
 Corpus = list[list[list[int]]]  # documents of sentences of ids
 
