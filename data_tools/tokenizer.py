@@ -3,16 +3,16 @@
 `tokenizers` is the truth. The fast route rests on three observations about a BERT tokenizer
 (BertNormalizer, BertPreTokenizer, WordPiece):
 
-1. pieces of text between ASCII white space ("chunks") are tokenized independently;
-2. a chunk of plain ASCII letters, digits and punctuation splits at each punctuation mark into words
-   whose ids depend on the lower-cased word alone, so they can be looked up in a cache of
-   word -> ids, filled by a greedy WordPiece on a miss;
-3. every other chunk (a non-ASCII character, a control character, the first character of an added
-   token) is rare or repeats, so it is handed to `tokenizers` itself and remembered.
+1. every character acts by itself: it belongs to a word (perhaps as other characters: lower-cased,
+   without its accent), is a word of its own, ends a word, or vanishes. What it does is asked of the
+   tokenizer when it is first seen, and kept in a table;
+2. the ids of a word depend on nothing else, so they can be kept in a cache of word -> ids, filled
+   by a greedy WordPiece on a miss;
+3. pieces of text between white space ("chunks") are tokenized independently, so a chunk with a
+   character that acts otherwise (a rare combining mark, one that may begin an added token) can be
+   handed to `tokenizers` itself.
 
-Nothing about ASCII is assumed: what each of the 128 characters does (word, punctuation, white
-space, neither) is asked of the tokenizer at start-up. A tokenizer of another structure is served by
-`tokenizers` alone, and `slow_reason` says why.
+A tokenizer of another structure is served by `tokenizers` alone, and `slow_reason` says why.
 
 The five special tokens ([CLS], [SEP], [MASK], [PAD], [UNK]) are plain text in a corpus: a literal
 "[MASK]" becomes "[", "mask", "]". Other added tokens keep the meaning `tokenizers` gives them.
@@ -20,11 +20,12 @@ The five special tokens ([CLS], [SEP], [MASK], [PAD], [UNK]) are plain text in a
 
 import hashlib
 import json
+import re
+import sys
 import unicodedata
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Iterable, Iterator
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numba import njit
@@ -33,18 +34,18 @@ from tokenizers.implementations import BertWordPieceTokenizer
 
 from data_tools.errors import UserError
 
-# What a character does; WIDE: a byte that begins one of two or three bytes.
-WORD, PUNCTUATION, SPACE, REMOVED, HANDED_OVER, WIDE = range(6)
-CACHE_ENTRIES = 1 << 18  # of one cache line each: 16 key bytes, size and count, 11 ids
+# What a character does; a table starts with nothing known.
+UNKNOWN, WORD, PUNCTUATION, SPACE, REMOVED, HANDED_OVER = range(6)
+CACHE_ENTRIES = 1 << 18  # of one cache line each: 16 bytes of a word, size and count, 10 ids
 CACHE_WAYS = 4
 CACHED_BYTES = 16
-CACHED_IDS = 11
+CACHED_IDS = 10
 SLICE_BYTES = 2 << 20  # of text encoded at once, which bounds the memory
 REMEMBERED_CHUNKS = 1 << 16
 REMEMBERED_CHUNK_BYTES = 64
 MAX_WORD_CHARS = 10_000
 MAX_CHECKED_BYTES = 100_000
-MAX_WIDE_BYTES = 12  # a character becomes at most; a Hangul syllable becomes 9
+MAX_BECOMES_BYTES = 14  # of what a character becomes; a Hangul syllable becomes 9
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 
 
@@ -69,8 +70,6 @@ class BulkTokenizer:
             self.definition = json.dumps(full, ensure_ascii=False)
             self.reference = Tokenizer.from_str(json.dumps(plain))
             self._full = Tokenizer.from_str(self.definition)
-        except (KeyError, TypeError, AttributeError, ValueError) as error:
-            raise UserError(f"not a tokenizer.json: {error}") from error
         except Exception as error:  # `tokenizers` raises bare Exception
             raise UserError(f"`tokenizers` cannot read this tokenizer.json: {error}") from error
         vocabulary = self._full.get_vocab(with_added_tokens=True)
@@ -86,22 +85,26 @@ class BulkTokenizer:
             vocabulary[token] for token in SPECIAL_TOKENS
         )
         self.dtype = np.dtype(np.uint16 if self.vocab_size < 65_500 else np.int32)
-        self._remembered: dict[bytes, list[int]] = {}
         self.slow_reason = _why_slow(plain)
         if not self.slow_reason:
             self._prepare(plain)
 
     def _prepare(self, plain: dict) -> None:
         model = plain["model"]
-        self._prefix = model["continuing_subword_prefix"]
         self._max_chars = model["max_input_chars_per_word"]
-        self._classes, self._lowered = _ascii_tables(self.reference, plain["added_tokens"])
-        self._pieces = _piece_table(model["vocab"], self._prefix)
+        self._trie = _make_trie(model["vocab"], model["continuing_subword_prefix"])
         self._cache = np.zeros((CACHE_ENTRIES, 16), np.uint32)
-        # Of the characters of two or three bytes: class; bytes, bytes not first, and the bytes.
-        self._wide_classes = np.full(1 << 16, HANDED_OVER, np.uint8)
-        self._wide_bytes = np.zeros((1 << 16, 2 + MAX_WIDE_BYTES), np.uint8)
-        self._known_characters: set[str] = set()
+        firsts = "".join(token["content"][:1] for token in plain["added_tokens"])
+        self._begins_added = {*firsts, *firsts.lower(), *firsts.upper()}
+        # What every character does and becomes: bytes, characters, and the bytes in UTF-8. Nearly
+        # all of it is never touched and takes no memory.
+        self._classes = np.zeros(sys.maxunicode + 1, np.uint8)
+        self._becomes = np.zeros((sys.maxunicode + 1, 2 + MAX_BECOMES_BYTES), np.uint8)
+        self._learn(map(chr, range(128)))
+        self._letters = np.zeros(256, np.uint8)
+        is_word = self._classes[:128] == WORD
+        self._letters[:128] = np.where(is_word, self._becomes[:128, 2], 0)  # a short cut
+        self._remembered_ids = lru_cache(REMEMBERED_CHUNKS)(self._chunk_ids)
 
     @cached_property
     def identity(self) -> str:
@@ -164,58 +167,43 @@ class BulkTokenizer:
 
     def _encode_slice(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
         data = np.frombuffer(text, np.uint8)
-        num_lines = text.count(b"\n") + (len(text) > 0 and text[-1] != 10)
-        ids = np.empty(len(data) + 1, self.dtype)
-        lengths = np.zeros(num_lines, np.int32)
-        handed_over = np.empty((64 + len(data) // 64, 4), np.int64)
-        position, line, count, num_handed = 0, 0, 0, 0
-        while True:  # more than once only when `handed_over` was too small
-            position, line, count, num_handed, is_done = _encode(
-                data, position, line, count, num_handed, ids, lengths, handed_over,
-                self._classes, self._lowered, self._wide_classes, self._wide_bytes,
-                self._max_chars, self.unk_id, self._cache, *self._pieces,
+        ids = np.empty(2 * len(data), self.dtype)
+        lengths = np.zeros(text.count(b"\n") + 1, np.int32)
+        position = line = count = 0
+        while True:
+            position, line, count, is_done = _encode(
+                data, position, line, count, ids, lengths,
+                self._classes, self._becomes, self._letters, self._max_chars, self.unk_id,
+                self._cache, self._cache.view(np.uint64), *self._trie,
             )  # fmt: skip
             if is_done:
-                break
-            handed_over = np.concatenate([handed_over, np.empty_like(handed_over)])
-        if not num_handed:
-            return ids[:count].copy(), lengths
-        return self._insert_handed_over(data, ids[:count], lengths, handed_over[:num_handed])
+                return ids[:count].copy(), lengths[: len(lengths) - text.endswith(b"\n")]
+            match = _CHUNK.match(text, position)
+            assert match
+            chunk = match[0]
+            unknown = {c for c in set(chunk.decode()) if self._classes[ord(c)] == UNKNOWN}
+            if unknown:
+                self._learn(unknown)
+                continue
+            is_short = len(chunk) <= REMEMBERED_CHUNK_BYTES
+            found = self._remembered_ids(chunk) if is_short else self._chunk_ids(chunk)
+            ids[count : count + len(found)] = found
+            position, count = match.end(), count + len(found)
+            lengths[line] += len(found)
 
-    def _insert_handed_over(
-        self, data: np.ndarray, ids: np.ndarray, lengths: np.ndarray, handed_over: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Encode the chunks of `handed_over` (out position, start, stop, line); splice them in."""
-        view = data.data
-        chunks = [bytes(view[start:stop]) for _, start, stop, _ in handed_over.tolist()]
-        answers = self._encode_chunks(chunks)
-        counts = np.fromiter(map(len, answers), np.int64, len(answers))
-        flat = np.fromiter((i for answer in answers for i in answer), self.dtype, counts.sum())
-        np.add.at(lengths, handed_over[:, 3], counts)
-        return _splice(ids, handed_over[:, 0].copy(), counts, flat), lengths
+    def _chunk_ids(self, chunk: bytes) -> list[int]:
+        return self._reference_ids([chunk.decode()])[0]
 
-    def _encode_chunks(self, chunks: list[bytes]) -> list[list[int]]:
-        remembered = self._remembered
-        unseen = [chunk for chunk in dict.fromkeys(chunks) if chunk not in remembered]
-        texts = [chunk.decode() for chunk in unseen]
-        answers = dict(zip(unseen, self._reference_ids(texts), strict=True))
-        result = [answers[c] if c in answers else remembered[c] for c in chunks]
-        if len(remembered) + len(answers) > REMEMBERED_CHUNKS:
-            remembered.clear()
-        remembered.update((c, a) for c, a in answers.items() if len(c) <= REMEMBERED_CHUNK_BYTES)
-        self._learn(set().union(*texts) - self._known_characters)
-        return result
-
-    def _learn(self, characters: set[str]) -> None:
-        """From the next slice on, what these characters do need not be asked again."""
-        self._known_characters |= characters
+    def _learn(self, characters: Iterable[str]) -> None:
+        """From now on, what these characters do need not be asked again."""
         for character in characters:
-            if 0x80 <= ord(character) < 1 << 16:
-                kind, becomes = _class_of(self.reference, character)
-                row = self._wide_bytes[ord(character)]
-                row[2 : 2 + len(becomes)] = list(becomes)
-                row[:2] = len(becomes), len(becomes) - len(becomes.decode())
-                self._wide_classes[ord(character)] = kind
+            kind, becomes = _class_of(self.reference, character)
+            if self._begins_added.intersection(character + becomes):
+                kind = HANDED_OVER
+            data = becomes.encode()
+            row = self._becomes[ord(character)]
+            row[: 2 + len(data)] = (len(data), len(becomes), *data)
+            self._classes[ord(character)] = kind
 
     def _encode_by_reference(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
         lines = text.removesuffix(b"\n").decode().split("\n")
@@ -261,54 +249,41 @@ def load_tokenizer(name: str | Path) -> BulkTokenizer:
     """
     path = Path(name)
     if path.is_dir():
-        if (path / "tokenizer.json").is_file():
-            return _named(path / "tokenizer.json")
-        if (path / "vocab.txt").is_file():
-            return BulkTokenizer(_definition_from_vocab(path / "vocab.txt"))
-        raise UserError(
-            f"--tokenizer {path}: the directory holds no tokenizer.json and no vocab.txt"
-        )
+        found = [path / file for file in ("tokenizer.json", "vocab.txt") if (path / file).is_file()]
+        if not found:
+            raise UserError(
+                f"--tokenizer {path}: the directory holds no tokenizer.json and no vocab.txt"
+            )
+        path = found[0]
     if path.is_file():
-        if path.suffix == ".txt":
-            return BulkTokenizer(_definition_from_vocab(path))
-        return _named(path)
+        read = _definition_from_vocab if path.suffix == ".txt" else Path.read_text
+        try:
+            return BulkTokenizer(read(path, encoding="utf-8"))
+        except (UserError, ValueError, TypeError) as error:
+            raise UserError(f"{path}: it or its tokenizer_config.json is bad: {error}") from error
     if path.is_absolute() or str(name).startswith(".") or str(name).count("/") > 1:
         raise UserError(f"--tokenizer {name}: no such file or directory")
     try:
-        return BulkTokenizer(Tokenizer.from_pretrained(str(name)).to_str())
-    except UserError:
-        raise
+        definition = Tokenizer.from_pretrained(str(name)).to_str()
     except Exception as error:
         raise UserError(
             f"--tokenizer {name}: no such directory here, and the hub gave no tokenizer of that "
             f"name ({type(error).__name__}); give a directory with tokenizer.json or vocab.txt"
         ) from error
+    return BulkTokenizer(definition)
 
 
-def _named(path: Path) -> BulkTokenizer:
-    try:
-        return BulkTokenizer(path.read_text(encoding="utf-8"))
-    except (UserError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}") from error
-
-
-def _definition_from_vocab(path: Path) -> str:
+def _definition_from_vocab(path: Path, encoding: str) -> str:
     """A tokenizer.json for an old checkpoint that carries only vocab.txt (and perhaps a config)."""
     config_path = path.parent / "tokenizer_config.json"
-    try:
-        tokens = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-        config = (
-            json.loads(config_path.read_text(encoding="utf-8")) if config_path.is_file() else {}
-        )
-        tokenizer = BertWordPieceTokenizer(
-            {token: index for index, token in enumerate(tokens)},
-            handle_chinese_chars=config.get("tokenize_chinese_chars", True),
-            strip_accents=config.get("strip_accents"),
-            lowercase=config.get("do_lower_case", True),
-        )
-    except (ValueError, TypeError) as error:  # TypeError: [CLS] or [SEP] is missing
-        raise UserError(f"{path}: it or its tokenizer_config.json is malformed: {error}") from error
-    return tokenizer.to_str()
+    config = json.loads(config_path.read_text(encoding=encoding)) if config_path.is_file() else {}
+    tokens = path.read_text(encoding=encoding).removesuffix("\n").split("\n")
+    return BertWordPieceTokenizer(  # TypeError if [CLS] or [SEP] is missing
+        {token: index for index, token in enumerate(tokens)},
+        handle_chinese_chars=config.get("tokenize_chinese_chars", True),
+        strip_accents=config.get("strip_accents"),
+        lowercase=config.get("do_lower_case", True),
+    ).to_str()
 
 
 def _why_slow(definition: dict) -> str:
@@ -338,22 +313,10 @@ def _slices(text: bytes | bytearray) -> Iterator[bytes]:
         start = stop
 
 
-def _ascii_tables(reference: Tokenizer, added_tokens: list[dict]) -> tuple[np.ndarray, np.ndarray]:
-    """What each byte does, and the byte it becomes."""
-    classes = np.full(256, HANDED_OVER, np.uint8)
-    classes[0xC2:0xF0] = WIDE
-    lowered = np.zeros(256, np.uint8)
-    for code in range(128):
-        classes[code], becomes = _class_of(reference, chr(code))
-        lowered[code] = becomes[0] if becomes else 0
-    classes[10] = SPACE  # the line separator of `encode_lines`
-    for token in added_tokens:
-        for first in token["content"][:1]:
-            classes[[ord(first), ord(first.lower()), ord(first.upper())]] = HANDED_OVER
-    return classes, lowered
+_CHUNK = re.compile(rb"[^ \t\r\n]+")
 
 
-def _class_of(reference: Tokenizer, character: str) -> tuple[int, bytes]:
+def _class_of(reference: Tokenizer, character: str) -> tuple[int, str]:
     """Ask the tokenizer what a character does between two letters: (class, what it becomes).
 
     A BertNormalizer treats every character by itself, but for the canonical order of combining
@@ -363,282 +326,199 @@ def _class_of(reference: Tokenizer, character: str) -> tuple[int, bytes]:
         if unicodedata.category(part) == "Cn" or (
             unicodedata.combining(part) and unicodedata.category(part) != "Mn"
         ):
-            return HANDED_OVER, b""
+            return HANDED_OVER, ""
     normalized = reference.normalizer.normalize_str(f"a{character}b")
     words = [word for word, _ in reference.pre_tokenizer.pre_tokenize_str(normalized)]
     if words == ["a", "b"]:
-        return SPACE, b""
-    if words == ["ab"]:
-        return REMOVED, b""
+        return SPACE, ""
     becomes = "".join(words)[1:-1]
-    size = len(becomes.encode())
-    if size <= MAX_WIDE_BYTES and len(becomes) <= len(character.encode()):
+    if not becomes:
+        return REMOVED, ""
+    if len(becomes.encode()) <= MAX_BECOMES_BYTES and len(becomes) <= len(character.encode()):
         if len(words) == 1:
-            return WORD, becomes.encode()
+            return WORD, becomes
         if words == ["a", becomes, "b"] and len(becomes) == 1:
-            return PUNCTUATION, becomes.encode()
-    return HANDED_OVER, b""
+            return PUNCTUATION, becomes
+    return HANDED_OVER, ""
 
 
-def _piece_table(vocab: dict[str, int], prefix: str) -> tuple[Any, ...]:
-    """An open-addressing table of the pieces in UTF-8, for `_find_piece`.
+# --- WordPiece ------------------------------------------------------------------------------------
+
+MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _make_trie(vocab: dict[str, int], prefix: str) -> tuple[np.ndarray, ...]:
+    """The pieces as a trie over their UTF-8 bytes: node 0 begins a word, node 1 continues it.
 
     Returns:
-        slots int32[2^k] (entry + 1, 0 = empty), hashes uint64[n], offsets int64[n + 1] into text
-        uint8[...], ids int32[n], is_first bool[n], and the longest piece in bytes.
+        edges int64[2^k], an open-addressing table of 256 * node + byte + 1 (0 = empty); the node
+        each leads to, int32[2^k]; the id of the piece that ends at a node, int32[nodes], or -1.
     """
-    entries = []
-    for token, index in vocab.items():
-        entries.append((token.encode(), index, True))
-        if token.startswith(prefix) and token != prefix:
-            entries.append((token[len(prefix) :].encode(), index, False))
-    text = np.frombuffer(b"".join(piece for piece, _, _ in entries) or b"\0", np.uint8)
-    sizes = np.array([len(piece) for piece, _, _ in entries] or [0], np.int64)
-    offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes)])
-    ids = np.array([index for _, index, _ in entries] or [0], np.int32)
-    is_word_start = np.array([first for _, _, first in entries] or [True], np.bool_)
-    num_slots = 1 << max(4, (3 * len(entries)).bit_length())
-    slots = np.zeros(num_slots, np.int32)
-    hashes = np.zeros(len(ids), np.uint64)
-    if entries:
-        _fill_pieces(slots, hashes, offsets, text, is_word_start)
-    return slots, hashes, offsets, text, ids, is_word_start, int(sizes.max())
-
-
-FIRST_SEED = np.uint64(0xCBF29CE484222325)
-NEXT_SEED = np.uint64(0x9E3779B97F4A7C15)
-FNV_PRIME = np.uint64(0x100000001B3)
+    pieces = [(token.encode(), 0, index) for token, index in vocab.items()]
+    pieces += [
+        (token.removeprefix(prefix).encode(), 1, index)
+        for token, index in vocab.items()
+        if token.startswith(prefix) and token != prefix
+    ]
+    text = np.frombuffer(b"".join(piece for piece, _, _ in pieces), np.uint8)
+    sizes, roots, ids = np.array([(len(p), root, index) for p, root, index in pieces], np.int64).T
+    return _fill_trie(text, np.cumsum(sizes), roots, ids)
 
 
 @njit(cache=True, inline="always")
-def _slot_of(hash_value, num_slots):
-    mixed = hash_value ^ (hash_value >> np.uint64(29))
-    return np.int64(mixed & np.uint64(num_slots - 1))
+def _edge_slot(edges, node, byte):
+    """Where the edge of a byte out of a node is, or would be."""
+    edge = 256 * np.int64(node) + byte + 1
+    slot = np.int64((np.uint64(edge) * MULTIPLIER) >> np.uint64(32)) & (len(edges) - 1)
+    while edges[slot] != 0 and edges[slot] != edge:
+        slot = (slot + 1) & (len(edges) - 1)
+    return slot
 
 
 @njit(cache=True)
-def _fill_pieces(slots, hashes, offsets, text, is_first):
-    for entry in range(len(hashes)):
-        value = FIRST_SEED if is_first[entry] else NEXT_SEED
-        for at in range(offsets[entry], offsets[entry + 1]):
-            value = (value ^ np.uint64(text[at])) * FNV_PRIME
-        hashes[entry] = value
-        slot = _slot_of(value, len(slots))
-        while slots[slot]:
-            slot = (slot + 1) & (len(slots) - 1)
-        slots[slot] = entry + 1
+def _fill_trie(text, ends, roots, ids):
+    size = 16
+    while size < 2 * len(text):
+        size *= 2
+    edges = np.zeros(size, np.int64)
+    children = np.zeros(size, np.int32)
+    node_ids = np.full(len(text) + 2, -1, np.int32)
+    num_nodes = 2
+    start = 0
+    for piece in range(len(ends)):
+        node = roots[piece]
+        for at in range(start, ends[piece]):
+            slot = _edge_slot(edges, node, text[at])
+            if edges[slot] == 0:
+                edges[slot] = 256 * node + text[at] + 1
+                children[slot] = num_nodes
+                num_nodes += 1
+            node = np.int64(children[slot])
+        node_ids[node] = ids[piece]
+        start = ends[piece]
+    return edges, children, node_ids[:num_nodes].copy()
 
 
 @njit(cache=True)
-def _find_piece(word, start, stop, value, first, slots, hashes, offsets, text, ids, is_first):
-    """Id of the piece word[start:stop] whose FNV hash is `value`, or -1."""
-    slot = _slot_of(value, len(slots))
-    while slots[slot]:
-        entry = slots[slot] - 1
-        size = offsets[entry + 1] - offsets[entry]
-        if hashes[entry] == value and size == stop - start and is_first[entry] == first:
-            same = True
-            for at in range(size):
-                if text[offsets[entry] + at] != word[start + at]:
-                    same = False
-                    break
-            if same:
-                return ids[entry]
-        slot = (slot + 1) & (len(slots) - 1)
-    return np.int32(-1)
-
-
-@njit(cache=True)
-def _word_pieces(
-    word, size, out, unk_id, scratch, slots, hashes, offsets, text, ids, is_first, longest
-):
-    """Greedy longest-match-first WordPiece of one word into `out`; returns the number of ids."""
-    count = 0
+def _word_pieces(word, size, out, count, unk_id, edges, children, node_ids):
+    """Greedy longest-match-first WordPiece of one word into out[count:]; the number of ids."""
+    num = 0
     start = 0
     while start < size:
-        limit = min(size, start + longest)
-        value = FIRST_SEED if start == 0 else NEXT_SEED
-        for at in range(start, limit):
-            value = (value ^ np.uint64(word[at])) * FNV_PRIME
-            scratch[at - start] = value
-        found = np.int32(-1)
-        stop = limit
-        while stop > start:
-            found = _find_piece(
-                word, start, stop, scratch[stop - start - 1], start == 0,
-                slots, hashes, offsets, text, ids, is_first,
-            )  # fmt: skip
-            if found >= 0:
+        node = np.int64(start > 0)
+        stop = start
+        for at in range(start, size):
+            slot = _edge_slot(edges, node, word[at])
+            if edges[slot] == 0:
                 break
-            stop -= 1
-        if found < 0:
-            out[0] = unk_id
+            node = np.int64(children[slot])
+            if node_ids[node] >= 0:
+                out[count + num] = node_ids[node]
+                stop = at + 1
+        if stop == start:
+            out[count] = unk_id
             return 1
-        out[count] = found
-        count += 1
+        num += 1
         start = stop
-    return count
+    return num
 
 
 @njit(cache=True, inline="always")
-def _find_entry(cache, low, high, size):
-    """(entry of a key or the one to overwrite, whether it is found); a key is 16 bytes and size."""
-    mixed = (low ^ (high * NEXT_SEED)) * np.uint64(0xFF51AFD7ED558CCD)
+def _find_entry(keys, low, high, size):
+    """(entry of a word or the one to overwrite, whether it is found)."""
+    mixed = (low ^ (high * MULTIPLIER)) * np.uint64(0xFF51AFD7ED558CCD)
     mixed ^= mixed >> np.uint64(32)
-    first = np.int64(mixed & np.uint64(len(cache) - 1)) & ~(CACHE_WAYS - 1)
+    first = np.int64(mixed & np.uint64(len(keys) - 1)) & ~(CACHE_WAYS - 1)
     for entry in range(first, first + CACHE_WAYS):
-        if cache[entry, 4] == 0:
-            return entry, False
-        if (
-            cache[entry, 0] == np.uint32(low & np.uint64(0xFFFFFFFF))
-            and cache[entry, 1] == np.uint32(low >> np.uint64(32))
-            and cache[entry, 2] == np.uint32(high & np.uint64(0xFFFFFFFF))
-            and cache[entry, 3] == np.uint32(high >> np.uint64(32))
-            and cache[entry, 4] >> np.uint32(8) == size
-        ):
+        found = keys[entry, 2] >> np.uint64(8)
+        if found == size and keys[entry, 0] == low and keys[entry, 1] == high:
             return entry, True
+        if found == 0:
+            return entry, False
     return first + np.int64((mixed >> np.uint64(40)) & np.uint64(CACHE_WAYS - 1)), False
+
+
+@njit(cache=True, inline="always")
+def _decode(data, position):
+    """(code point, bytes) of the UTF-8 character at a position."""
+    byte = np.int64(data[position])
+    if byte < 0x80:
+        return byte, 1
+    code = np.int64(data[position + 1] & 63)
+    if byte < 0xE0:
+        return (byte & 31) << 6 | code, 2
+    code = code << 6 | np.int64(data[position + 2] & 63)
+    if byte < 0xF0:
+        return (byte & 15) << 12 | code, 3
+    return (byte & 7) << 18 | code << 6 | np.int64(data[position + 3] & 63), 4
 
 
 @njit(cache=True, nogil=True)
 def _encode(
-    data, position, line, count, num_handed, out, lengths, handed_over,
-    classes, lowered, wide_classes, wide_bytes, max_chars, unk_id, cache,
-    slots, hashes, offsets, text, ids, is_first, longest,
+    data, position, line, count, out, lengths, classes, becomes, letters, max_chars, unk_id,
+    cache, keys, edges, children, node_ids,
 ):  # fmt: skip
-    """One pass over `data` from `position`; chunks for `tokenizers` go to `handed_over`.
+    """Ids of `data` from `position` into out[count:], and of each line into `lengths`.
 
-    Returns where it stopped and whether that is the end; it stops early, at the start of a chunk,
-    only when `handed_over` is full.
+    Stops at the end, or at the start of a chunk with a character to be learned or handed over.
+
+    Returns:
+        position, line, count, and whether that is the end.
     """
-    total = len(data)
-    word = np.empty(4 * max_chars + 16, np.uint8)
-    pieces = np.empty(len(word), np.int32)
-    scratch = np.empty(len(word), np.uint64)
-    while position < total:
-        byte = data[position]
-        if classes[byte] == SPACE:
-            line += byte == 10
+    words = np.zeros(max_chars // 2 + 4, np.uint64)  # a word in UTF-8, zeros behind it
+    word = words.view(np.uint8)
+    chunk_start, chunk_count = position, count
+    size = num_chars = 0
+    low = high = np.uint64(0)
+    while True:
+        while position < len(data) and letters[data[position]] and num_chars < max_chars:
+            word[size] = letters[data[position]]
+            size += 1
+            num_chars += 1
             position += 1
+        kind = SPACE  # at the end of the text
+        code, width = 0, 0
+        if position < len(data):
+            code, width = _decode(data, position)
+            kind = classes[code]
+        if kind == WORD or (kind == PUNCTUATION and num_chars == 0):
+            num_chars += becomes[code, 1]
+            for k in range(becomes[code, 0] if num_chars <= max_chars else 0):
+                word[size] = becomes[code, 2 + k]
+                size += 1
+            position += width
+            if kind == WORD:
+                continue
+        elif kind == REMOVED:
+            position += width
             continue
-        chunk_start, chunk_count = position, count
-        kind = WORD
-        while kind != SPACE and kind != HANDED_OVER:
-            # Collect one word, or one punctuation mark, which is a word of one character.
-            low = np.uint64(0)
-            high = np.uint64(0)
-            size = 0
-            not_first = 0  # bytes that are not the first of their character
-            kind = SPACE  # at the end of the text
-            while position < total:
-                byte = data[position]
-                kind = classes[byte]
-                if kind == WORD or (kind == PUNCTUATION and size == 0):
-                    letter = np.uint64(lowered[byte])
-                    if size < 8:
-                        low |= letter << np.uint64(8 * size)
-                    elif size < CACHED_BYTES:
-                        high |= letter << np.uint64(8 * (size - 8))
-                    if size < len(word):
-                        word[size] = lowered[byte]
-                    size += 1
-                    position += 1
-                    if kind == WORD:
-                        continue
-                elif kind == WIDE:
-                    code = np.int64(byte & 31) << 6 | np.int64(data[position + 1] & 63)
-                    width = 2
-                    if byte >= 0xE0:
-                        code = (code & 1023) << 6 | np.int64(data[position + 2] & 63)
-                        width = 3
-                    kind = wide_classes[code]
-                    if kind == WORD or (kind == PUNCTUATION and size == 0):
-                        for k in range(wide_bytes[code, 0]):
-                            letter = np.uint64(wide_bytes[code, 2 + k])
-                            if size < 8:
-                                low |= letter << np.uint64(8 * size)
-                            elif size < CACHED_BYTES:
-                                high |= letter << np.uint64(8 * (size - 8))
-                            if size < len(word):
-                                word[size] = wide_bytes[code, 2 + k]
-                            size += 1
-                        not_first += wide_bytes[code, 1]
-                        position += width
-                        if kind == WORD:
-                            continue
-                    elif kind == REMOVED or (kind == SPACE and size == 0):
-                        position += width
-                        kind = SPACE  # should the text end here
-                        continue
-                    elif kind == SPACE:
-                        kind = WORD  # of the chunk there may be more
-                elif kind == REMOVED:
-                    position += 1
-                    kind = SPACE
-                    continue
-                break
-            else:
-                kind = SPACE
-            if size == 0:
-                continue
-            if size - not_first > max_chars:
-                out[count] = unk_id
-                count += 1
-                continue
+        if num_chars > max_chars:
+            out[count] = unk_id
+            count += 1
+        elif num_chars > 0:
             entry, is_cached = np.int64(0), False
             if size <= CACHED_BYTES:
-                entry, is_cached = _find_entry(cache, low, high, size)
+                low, high = words[0], words[1]
+                entry, is_cached = _find_entry(keys, low, high, size)
             if is_cached:
-                num = np.int64(cache[entry, 4] & np.uint32(255))
+                num = np.int64(keys[entry, 2] & np.uint64(255))
                 for k in range(num):
-                    out[count + k] = cache[entry, 5 + k]
+                    out[count + k] = cache[entry, 6 + k]
             else:
-                num = _word_pieces(
-                    word, size, pieces, unk_id, scratch,
-                    slots, hashes, offsets, text, ids, is_first, longest,
-                )  # fmt: skip
-                for k in range(num):
-                    out[count + k] = pieces[k]
+                num = _word_pieces(word, size, out, count, unk_id, edges, children, node_ids)
                 if size <= CACHED_BYTES and num <= CACHED_IDS:
-                    cache[entry, 0] = np.uint32(low & np.uint64(0xFFFFFFFF))
-                    cache[entry, 1] = np.uint32(low >> np.uint64(32))
-                    cache[entry, 2] = np.uint32(high & np.uint64(0xFFFFFFFF))
-                    cache[entry, 3] = np.uint32(high >> np.uint64(32))
-                    cache[entry, 4] = np.uint32(size << 8 | num)
+                    keys[entry, 0], keys[entry, 1], keys[entry, 2] = low, high, size << 8 | num
                     for k in range(num):
-                        cache[entry, 5 + k] = pieces[k]
+                        cache[entry, 6 + k] = out[count + k]
             count += num
-        if kind == HANDED_OVER:  # somewhere in the chunk
-            count = chunk_count
-            if num_handed == len(handed_over):
-                return chunk_start, line, count, num_handed, False
-            while position < total and classes[data[position]] != SPACE:
-                position += 1
-            handed_over[num_handed, 0] = count
-            handed_over[num_handed, 1] = chunk_start
-            handed_over[num_handed, 2] = position
-            handed_over[num_handed, 3] = line
-            num_handed += 1
-        lengths[line] += count - chunk_count
-    return position, line, count, num_handed, True
-
-
-@njit(cache=True, nogil=True)
-def _splice(ids, positions, counts, flat):
-    """Insert `counts[k]` ids of `flat` before ids[positions[k]], for ascending positions."""
-    result = np.empty(len(ids) + len(flat), ids.dtype)
-    source, target, taken = 0, 0, 0
-    for k in range(len(positions)):
-        while source < positions[k]:
-            result[target] = ids[source]
-            source += 1
-            target += 1
-        for _ in range(counts[k]):
-            result[target] = flat[taken]
-            taken += 1
-            target += 1
-    while source < len(ids):
-        result[target] = ids[source]
-        source += 1
-        target += 1
-    return result
+        size = num_chars = 0
+        words[0] = words[1] = 0
+        if kind == SPACE:
+            lengths[line] += count - chunk_count
+            if position == len(data):
+                return position, line, count, True
+            line += code == 10
+            position += width
+            chunk_start, chunk_count = position, count
+        elif kind != PUNCTUATION:
+            return chunk_start, line, chunk_count, False
