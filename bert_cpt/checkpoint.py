@@ -179,9 +179,14 @@ def write_model(
     """Write weights, config.json and tokenizer: a directory that transformers loads."""
     save_file(weights, directory / MODEL_FILE, metadata={"format": "pt"})
     (directory / "config.json").write_text(bert_config.to_json_string(use_diff=False))
+    copy_tokenizer(tokenizer_source, directory)
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy what there is of a tokenizer's files."""
     for name in TOKENIZER_FILES:
-        if (tokenizer_source / name).is_file():
-            shutil.copyfile(tokenizer_source / name, directory / name)
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
 
 
 def collect_tokenizer(checkpoint: str, corpus: ShardSet, target: Path) -> None:
@@ -191,9 +196,7 @@ def collect_tokenizer(checkpoint: str, corpus: ShardSet, target: Path) -> None:
     if not source.is_dir():
         AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False).save_pretrained(target)
         return
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
+    copy_tokenizer(source, target)
     if not (target / "tokenizer.json").exists():
         shutil.copyfile(corpus.directory / TOKENIZER, target / "tokenizer.json")
 

@@ -137,9 +137,7 @@ def evaluate_checkpoint(
     bert, report = load_model(checkpoint)
     limit = bert.config.max_position_embeddings
     if sequence_length > limit:
-        raise UserError(
-            f"--sequence-length {sequence_length}: the checkpoint has {limit} positions"
-        )
+        raise UserError(f"--sequence-length {sequence_length}: the checkpoint has only {limit}")
     model, world, results = PretrainingModel(bert).to(device), World(0, 1, 0, device), {}
     with eval_mode(model):
         for name, corpus in corpora.items():
@@ -168,16 +166,13 @@ def check_tokenizer(checkpoint: str, corpus: ShardSet) -> None:
     try:
         tokenizer = load_tokenizer(checkpoint)
     except UserError as error:
-        raise UserError(
-            f"{checkpoint}: the checkpoint has no usable tokenizer ({error})"
-        ) from error
+        raise UserError(f"{checkpoint}: has no usable tokenizer ({error})") from error
     if tokenizer.identity == corpus.manifest.tokenizer.identity:
         return
-    ours, theirs = tokenizer.vocabulary, corpus.tokenizer.vocabulary
-    detail = "the vocabularies are equal, the normalisation (case, accents) is not"
-    if ours != theirs:
-        common = sum(ours.get(token) == index for token, index in theirs.items())
-        detail = f"{common} of {len(theirs)} entries agree"
+    ours, theirs = tokenizer.vocabulary.items(), corpus.tokenizer.vocabulary.items()
+    detail = f"{len(ours & theirs)} of {len(theirs)} entries agree"
+    if ours == theirs:
+        detail = "the vocabularies are equal, the normalisation (case, accents) is not"
     raise UserError(
         f"{corpus.directory}: written with the tokenizer {corpus.manifest.tokenizer.name!r}, not "
         f"that of {checkpoint} ({detail}); shard the corpus again with --tokenizer {checkpoint}"

@@ -16,7 +16,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from bert_cpt.checkpoint import TOKENIZER_FILES, publish
+from bert_cpt.checkpoint import copy_tokenizer, publish
 from bert_cpt.model import from_pretrained, load_bert_config
 from data_tools.errors import UserError
 
@@ -76,9 +76,7 @@ def export(checkpoint: str, output: Path, kind: ExportKind = "pretraining") -> l
             )
         aside.mkdir(parents=True)
         model.save_pretrained(aside)
-        for name in TOKENIZER_FILES:
-            if (Path(checkpoint) / name).is_file():
-                shutil.copyfile(Path(checkpoint) / name, aside / name)
+        copy_tokenizer(Path(checkpoint), aside)
         if kind == "sentence-transformers":
             _add_pooling(aside)
         loaded = [_check(loader, aside, model) for loader in LOADERS[kind]]

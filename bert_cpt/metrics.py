@@ -4,9 +4,7 @@ Console and train.log get one line a log interval, metrics.jsonl everything. W&B
 records; trouble with it is reported once and never stops a run.
 """
 
-import json
 import logging
-import math
 import netrc
 import os
 import secrets
@@ -16,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import to_json
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
@@ -74,7 +73,7 @@ class Metrics:
         if not self.is_main:
             return
         record = {"kind": kind, "step": step, "time": round(time.time(), 3)} | values
-        self.file.write(json.dumps(_plain(record)) + "\n")
+        self.file.write(to_json(record, inf_nan_mode="strings").decode() + "\n")
         self.file.flush()
         if self.wandb_run is not None:
             numbers = {
@@ -96,9 +95,9 @@ class Metrics:
             "step": step,
             "total": self.total_steps,
             "nsp": nsp,
-            "tokens_per_second": _thousands(values["tokens_per_second"]),
+            "tokens_per_second": tqdm.format_sizeof(values["tokens_per_second"]),
             "wait": f"{100 * values['data_wait_share']:.0f}%",
-            "eta": format_seconds(seconds_left),
+            "eta": tqdm.format_interval(seconds_left),
         }
         logger.info(LINE.format(**line))
 
@@ -161,17 +160,6 @@ def _is_logged_in() -> bool:
         return False
 
 
-def _plain(value: Any) -> Any:
-    """JSON without NaN: what is not finite becomes its name."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
 def flat(value: Any, separator: str = ".", prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(dotted key, value) of everything in nested tables and lists."""
     if isinstance(value, dict | list) and value:
@@ -179,14 +167,3 @@ def flat(value: Any, separator: str = ".", prefix: str = "") -> Iterator[tuple[s
             yield from flat(item, separator, f"{prefix}{separator if prefix else ''}{key}")
     else:
         yield prefix, value
-
-
-def _thousands(value: float) -> str:
-    return f"{value / 1000:.1f}k" if value >= 1000 else f"{value:.0f}"
-
-
-def format_seconds(seconds: float) -> str:
-    """1:02:03, or 2:03 below an hour."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

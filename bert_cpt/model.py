@@ -87,23 +87,18 @@ def names_of(names: Iterable[str]) -> list[str]:
 def load_bert_config(checkpoint: str) -> BertConfig:
     """The configuration of a BERT checkpoint; raises UserError if it is none."""
     path = Path(checkpoint)
-    if path.exists() or path.is_absolute() or checkpoint.startswith("."):
-        if not path.is_dir():
-            raise UserError(f"{checkpoint}: no such directory; expected a BERT checkpoint")
-        if not (path / "config.json").is_file():
-            raise UserError(f"{checkpoint}: holds no config.json; expected a BERT checkpoint")
+    is_local = path.exists() or path.is_absolute() or checkpoint.startswith(".")
+    if is_local and not (path / "config.json").is_file():
+        what = "holds no config.json" if path.is_dir() else "no such directory"
+        raise UserError(f"{checkpoint}: {what}; expected a BERT checkpoint")
     try:
         content, _ = BertConfig.get_config_dict(checkpoint)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0][:200]
-        raise UserError(
-            f"{checkpoint}: no BERT checkpoint here or on the hub ({reason})"
-        ) from error
-    if content.get("model_type", "bert") != "bert":
-        raise UserError(
-            f"{checkpoint}: a {content['model_type']} model; expected a BERT checkpoint "
-            f"(model_type bert)"
-        )
+        where = "no BERT checkpoint here or on the hub"
+        raise UserError(f"{checkpoint}: {where} ({reason})") from error
+    if (kind := content.get("model_type", "bert")) != "bert":
+        raise UserError(f"{checkpoint}: a {kind} model; expected a BERT checkpoint")
     try:
         return BertConfig.from_dict(content)
     except Exception as error:  # transformers validates with exceptions of many kinds

@@ -39,12 +39,8 @@ def parameter_groups(
             factor *= config.new_head_factor
         groups.setdefault((parameter.ndim > 1, factor), []).append(parameter)
     return [
-        {
-            "params": parameters,
-            "weight_decay": config.weight_decay if has_decay else 0.0,
-            "lr_factor": factor,
-        }
-        for (has_decay, factor), parameters in groups.items()
+        {"params": group, "weight_decay": config.weight_decay * has_decay, "lr_factor": factor}
+        for (has_decay, factor), group in groups.items()
     ]
 
 
@@ -69,6 +65,7 @@ def make_optimizer(
         UserError: LAMB where DeepSpeed's is missing or would compute something else.
     """
     betas = (config.beta1, config.beta2)
+    common: dict[str, Any] = {"lr": config.learning_rate, "betas": betas, "eps": config.epsilon}
     if config.name == "lamb":
         if device.type != "cuda":
             raise UserError("optimizer.name=lamb: DeepSpeed has LAMB on CUDA only; use adamw")
@@ -80,16 +77,12 @@ def make_optimizer(
             )
         from deepspeed.ops.lamb import FusedLamb
 
-        return FusedLamb(groups, lr=config.learning_rate, betas=betas, eps=config.epsilon)
+        return FusedLamb(groups, **common)
     if ds_config.offloads_optimizer:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-        return DeepSpeedCPUAdam(
-            groups, lr=config.learning_rate, betas=betas, eps=config.epsilon, adamw_mode=True
-        )
-    return torch.optim.AdamW(
-        groups, lr=config.learning_rate, betas=betas, eps=config.epsilon, fused=True
-    )
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, **common)
+    return torch.optim.AdamW(groups, fused=True, **common)
 
 
 def learning_rate_factor(step: int, total_steps: int, config: ScheduleConfig) -> float:

@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import statistics
 import sys
 import time
 import warnings
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from bert_cpt.batches import BatchShape, Loader, PackedBatch, SampleStream
 from bert_cpt.checkpoint import (
@@ -42,7 +44,7 @@ from bert_cpt.engine import Engine, StepTotals
 from bert_cpt.evaluate import eval_mode, evaluate, heldout_loader
 from bert_cpt.health import check_health, compare_ranks
 from bert_cpt.masking import mask_rule
-from bert_cpt.metrics import Metrics, format_seconds, set_up_logging, start_wandb
+from bert_cpt.metrics import Metrics, set_up_logging, start_wandb
 from bert_cpt.model import PretrainingModel, freeze, load_model
 from bert_cpt.rundir import check_shared, lock_run_dir, release_run_dirs, write_environment
 from bert_cpt.setup import Setup, check_setup, check_structure
@@ -310,9 +312,8 @@ def train_step(run: Run, phase: Phase, batches: list[PackedBatch]) -> bool:
         except OverflowError as error:
             raise TrainingError(describe_overflow(run, str(error))) from error
     run.interval.add(phase, totals, rate, norm)
-    if is_applied:
-        run.skipped_in_a_row = 0
-    else:
+    run.skipped_in_a_row = 0 if is_applied else run.skipped_in_a_row + 1
+    if not is_applied:
         note_skipped(run, norm)
     state.global_step += 1
     state.consumed_samples += phase.train_batch_size
@@ -329,8 +330,7 @@ def report_spike(run: Run, loss: float) -> None:
     """Warn when the loss stands out from the last hundred steps."""
     recent = run.recent_losses
     if len(recent) == recent.maxlen:
-        mean = sum(recent) / len(recent)
-        spread = math.sqrt(sum((value - mean) ** 2 for value in recent) / len(recent))
+        mean, spread = statistics.fmean(recent), statistics.pstdev(recent)
         if loss > mean + max(6 * spread, 0.1 * mean):
             logger.warning(
                 "loss spike at step %d: mlm %.4f, mean of the last %d steps %.4f",
@@ -348,7 +348,6 @@ def note_skipped(run: Run, norm: float) -> None:
             f"learning rate or a longer warm-up may help; the last checkpoint is intact"
         )
     run.state.skipped_steps += 1
-    run.skipped_in_a_row += 1
     if run.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise TrainingError(describe_overflow(run, f"loss scale {run.engine.loss_scale:g}"))
 
@@ -470,8 +469,8 @@ def finish(run: Run) -> None:
         publish(aside, run.directory / "final")
         logger.info(
             "done: %d steps, %.1f M tokens, %s of training; model: %s",
-            run.state.global_step, run.state.num_tokens / 1e6, format_seconds(run.state.seconds),
-            run.directory / "final",
+            run.state.global_step, run.state.num_tokens / 1e6,
+            tqdm.format_interval(run.state.seconds), run.directory / "final",
         )  # fmt: skip
     run.world.barrier()
 

@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from tqdm import tqdm
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
 
 from bert_cpt.batches import sample_lengths
 from bert_cpt.config import Config, Phase
 from bert_cpt.ds_config import resolve_precision
-from bert_cpt.metrics import format_seconds
 from bert_cpt.model import freeze
 from bert_cpt.setup import check_setup
 from bert_cpt.timing import flops_per_token
@@ -304,7 +304,9 @@ class Plan:
         config, seconds, count = self.config, self.seconds, self.parameters
         hours = "unknown; give --tflops (achieved by one GPU) or --measured RUN_DIR"
         if seconds is not None:
-            hours = f"{format_seconds(seconds)}, {seconds * self.num_gpus / 3600:.1f} GPU-hours"
+            hours = (
+                f"{tqdm.format_interval(seconds)}, {seconds * self.num_gpus / 3600:.1f} GPU-hours"
+            )
         corpora = zip(config.data.corpora, self.epochs, strict=True)
         fill = self.tokens / sum(
             p.steps * p.train_batch_size * p.sequence_length for p in config.phases
