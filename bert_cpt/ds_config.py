@@ -7,12 +7,16 @@ both without a word, so this module refuses them. Imports neither torch nor deep
 
 import difflib
 import json
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from data_tools.errors import UserError
 
 Precision = Literal["fp32", "fp16", "bf16"]
+MAX_JSON_BYTES = 1 << 20
+HALVES: tuple[Precision, ...] = ("bf16", "fp16")
 MAX_JSON_BYTES = 1 << 20
 
 OWNED_BY_TOML = {
@@ -46,19 +50,22 @@ KNOWN = {
 }
 
 
+@dataclass(frozen=True)
 class DeepSpeedConfig:
     """A checked DeepSpeed configuration.
 
     Attributes:
         content: the JSON with everything resolved but the batch sizes.
         precision: of the forward and backward pass; the optimizer always keeps fp32.
-        stage: ZeRO stage, 0 to 3.
     """
 
-    def __init__(self, content: dict[str, Any], precision: Precision) -> None:
-        self.content = content
-        self.precision = precision
-        self.stage = int(content["zero_optimization"]["stage"])
+    content: dict[str, Any]
+    precision: Precision
+
+    @property
+    def stage(self) -> int:
+        """ZeRO stage, 0 to 3."""
+        return int(self.content["zero_optimization"]["stage"])
 
     @property
     def offloads_optimizer(self) -> bool:
@@ -89,6 +96,8 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB; is this a config?")
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise UserError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB; is this a config?")
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_doubles)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected a DeepSpeed JSON") from error
@@ -96,17 +105,15 @@ def read_ds_config(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: not valid JSON: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: holds {type(content).__name__}, expected a JSON object")
-    _check_keys(path, content, "")
+    _check_keys(path, content)
     for key, owner in OWNED_BY_TOML.items():
         if content.pop(key, "auto") != "auto":
             raise UserError(
                 f'{path}: {key} belongs to {owner} in the TOML; remove it here or set it to "auto"'
             )
     zero = content.setdefault("zero_optimization", {})
-    zero.setdefault("stage", 0)
-    if zero["stage"] not in (0, 1, 2, 3):
+    if zero.setdefault("stage", 0) not in (0, 1, 2, 3):
         raise UserError(f"{path}: zero_optimization.stage={zero['stage']!r}; expected 0, 1, 2 or 3")
-    _check_no_auto(path, content, "")
     return content
 
 
@@ -115,72 +122,52 @@ def resolve_precision(
 ) -> DeepSpeedConfig:
     """Settle `"enabled": "auto"` for this hardware and refuse what would train wrongly.
 
-    "auto" is bf16 where the hardware has it, fp16 on older GPUs, fp32 on CPUs.
+    "auto" is bf16 where the hardware has it, fp16 on older GPUs, fp32 on CPUs and with ZeRO 0.
     """
-    fp16 = content.get("fp16", {}).get("enabled", False)
-    bf16 = content.get("bf16", {}).get("enabled", False)
-    precision: Precision
-    if "auto" in (fp16, bf16):
-        precision = "fp32"
-        if device == "cuda":
-            precision = "bf16" if has_bf16 and bf16 == "auto" else "fp16"
-        if precision == "fp16" and fp16 != "auto":
-            precision = "fp32"
-        if content["zero_optimization"]["stage"] == 0:
-            precision = "fp32"
-    elif fp16 and bf16:
-        raise UserError(f"{path}: fp16 and bf16 are both enabled; enable one")
-    else:
-        precision = "fp16" if fp16 else "bf16" if bf16 else "fp32"
-    if precision != "fp32" and content["zero_optimization"]["stage"] == 0:
-        raise UserError(
-            f"{path}: {precision} with ZeRO stage 0 is refused: DeepSpeed does not scale the loss "
-            f"there but divides by the scale, and trains wrongly without a word; set "
+    is_zero_0 = content["zero_optimization"]["stage"] == 0
+    asked = {name: content.get(name, {}).get("enabled", False) for name in HALVES}
+    chosen = [name for name in HALVES if asked[name] is True]
+    problem = "fp16 and bf16 are both enabled; enable one" if len(chosen) == 2 else ""
+    if "auto" in asked.values() and not chosen and device == "cuda" and not is_zero_0:
+        chosen = [n for n in HALVES if asked[n] == "auto" and (has_bf16 or n == "fp16")]
+    precision: Precision = chosen[0] if chosen else "fp32"
+    if precision != "fp32" and is_zero_0:
+        problem = (
+            f"{precision} with ZeRO stage 0 is refused: DeepSpeed does not scale the loss there "
+            f"but divides by the scale, and trains wrongly without a word; set "
             f"zero_optimization.stage to 1"
         )
-    if precision == "fp16" and not has_fp16:
-        raise UserError(
-            f"{path}: fp16 is enabled, but this {device} cannot train in fp16; use "
+    elif not {"bf16": has_bf16, "fp16": has_fp16, "fp32": True}[precision]:
+        problem = (
+            f"{precision} is enabled, but this {device} cannot train in {precision}; use "
             f"ds_configs/zero1_auto.json or zero0_fp32.json"
         )
-    if precision == "bf16" and not has_bf16:
-        raise UserError(f"{path}: bf16 is enabled, but this {device} has no bf16; use fp16 or fp32")
-    content = dict(content)
-    content["fp16"] = content.get("fp16", {}) | {"enabled": precision == "fp16"}
-    content["bf16"] = content.get("bf16", {}) | {"enabled": precision == "bf16"}
-    return DeepSpeedConfig(content, precision)
+    if problem:
+        raise UserError(f"{path}: {problem}")
+    settled = {name: content.get(name, {}) | {"enabled": name == precision} for name in HALVES}
+    return DeepSpeedConfig(content | settled, precision)
 
 
 def _no_doubles(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        double = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"key {double!r} stands there twice")
-    return content
+    for name, count in Counter(name for name, _ in pairs).items():
+        if count > 1:
+            raise ValueError(f"key {name!r} stands there twice")
+    return dict(pairs)
 
 
-def _check_keys(path: Path, content: dict[str, Any], section: str) -> None:
+def _check_keys(path: Path, content: dict[str, Any], section: str = "") -> None:
     known = KNOWN[section].split()
     for key, value in content.items():
-        name = f"{section}.{key}" if section else key
+        name = f"{section}.{key}".removeprefix(".")
         if key not in known:
             close = difflib.get_close_matches(key, known, 1, 0.6)
             hint = f"did you mean {close[0]!r}?" if close else "it has no effect on this engine"
             raise UserError(f"{path}: unknown key {name!r}; {hint}")
-        if name not in KNOWN:
-            continue
-        if not isinstance(value, dict):
-            raise UserError(f"{path}: {name!r} is {value!r}, expected an object")
-        _check_keys(path, value, name)
-
-
-def _check_no_auto(path: Path, content: dict[str, Any], prefix: str) -> None:
-    for key, value in content.items():
-        if isinstance(value, dict):
-            _check_no_auto(path, value, f"{prefix}{key}.")
-        elif value == "auto" and prefix + key not in ("fp16.enabled", "bf16.enabled"):
+        if name in KNOWN:
+            if not isinstance(value, dict):
+                raise UserError(f"{path}: {name!r} is {value!r}, expected an object")
+            _check_keys(path, value, name)
+        elif value == "auto" and name not in {*OWNED_BY_TOML, "fp16.enabled", "bf16.enabled"}:
             raise UserError(
-                f'{path}: {prefix + key} is "auto", which nothing fills here; give a value or '
-                f"remove it"
+                f'{path}: {name} is "auto", which nothing fills here; give a value or remove it'
             )

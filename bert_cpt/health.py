@@ -5,6 +5,7 @@ configuration, another corpus or another version of a package is named instead o
 """
 
 import logging
+import math
 import os
 import shutil
 import socket
@@ -14,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from bert_cpt.config import Config
 from bert_cpt.ds_config import DeepSpeedConfig
+from bert_cpt.metrics import flat
 from bert_cpt.rundir import package_versions
-from bert_cpt.world import World, raise_problems, shortened
+from bert_cpt.world import World, shortened
 
 logger = logging.getLogger("bert_cpt")
 
@@ -37,9 +38,24 @@ def compare_ranks(
     Args:
         corpora: what identifies the training data, as this rank sees it.
     """
-    mine = common_ground(config, ds_config, corpora)
-    problems = differences(mine, world.broadcast(mine))
-    raise_problems(world.gather({"host": socket.gethostname(), "problems": problems}))
+    mine = {
+        **config.model_dump(mode="json"),
+        "DeepSpeed": ds_config.content,
+        "content of data.corpora": corpora,
+        "bytes of model.init_checkpoint": _weights_bytes(config),
+        "version of": package_versions(),
+    }
+    world.raise_any(shortened(differences(mine, world.broadcast(mine)), MAX_NAMED))
+
+
+def differences(mine: dict[str, Any], first: dict[str, Any]) -> list[str]:
+    """What differs from the first rank, in words."""
+    here, there = dict(flat(mine)), dict(flat(first))
+    return [
+        f"{key} is {here.get(key)}, on the first rank {there.get(key)}"
+        for key in sorted(here.keys() | there.keys())
+        if here.get(key) != there.get(key)
+    ]
 
 
 def check_health(world: World, config: Config) -> list[dict[str, Any]]:
@@ -51,18 +67,15 @@ def check_health(world: World, config: Config) -> list[dict[str, Any]]:
     Raises:
         UserError: two ranks have the same GPU.
     """
+    device = "cpu"
+    if world.device.type == "cuda":
+        properties = torch.cuda.get_device_properties(world.device)
+        device = f"{properties.name} {properties.uuid}"
+    mine = {"host": socket.gethostname(), "pid": os.getpid(), "device": device}
+    free = shutil.disk_usage(tempfile.gettempdir()).free
     world.barrier()  # left by all ranks at nearly the same time
-    clock = time.time()
-    ranks = world.gather(
-        {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "device": _device_name(world.device),
-            "clock": clock,
-            "free_temporary_bytes": shutil.disk_usage(tempfile.gettempdir()).free,
-        }
-    )
-    raise_problems(shared_devices(ranks))
+    ranks = world.gather({**mine, "clock": time.time(), "free_temporary_bytes": free})
+    world.raise_any(shared_device(ranks, world.rank))
     for warning in [*find_warnings(ranks), *(_disk_warnings(config) if world.is_main else [])]:
         logger.warning("%s", warning)
     clocks = [each["clock"] for each in ranks]
@@ -71,82 +84,44 @@ def check_health(world: World, config: Config) -> list[dict[str, Any]]:
         "health: %d rank(s) on %s agree%s; clocks within %.2f s",
         world.world_size, shortened(hosts), measure_all_reduce(world), max(clocks) - min(clocks),
     )  # fmt: skip
-    return [{key: each[key] for key in ("host", "pid", "device")} for each in ranks]
+    return [{key: each[key] for key in mine} for each in ranks]
 
 
-def common_ground(
-    config: Config, ds_config: DeepSpeedConfig, corpora: list[str]
-) -> dict[str, str | None]:
-    """Everything that must be the same on all ranks, by name."""
-    settings = _flat(config.model_dump(mode="json"), "") | _flat(ds_config.content, "DeepSpeed ")
-    versions = {f"version of {name}": value for name, value in package_versions().items()}
-    data = {f"content of data.corpora[{n}]": mark for n, mark in enumerate(corpora)}
-    weights = Path(config.model.init_checkpoint) / "model.safetensors"
-    size = str(weights.stat().st_size) if weights.is_file() else None
-    return settings | versions | data | {"bytes of model.init_checkpoint": size}
-
-
-def _flat(table: dict[str, Any], prefix: str) -> dict[str, str | None]:
-    result: dict[str, str | None] = {}
-    for key, value in table.items():
-        if isinstance(value, dict):
-            result |= _flat(value, f"{prefix}{key}.")
-        else:
-            result[prefix + key] = str(value)
-    return result
-
-
-def differences(mine: dict[str, str | None], first: dict[str, str | None]) -> list[str]:
-    """What differs from the first rank, in words."""
-    found = [
-        f"{key} is {mine.get(key)}, on the first rank {first.get(key)}"
-        for key in sorted(mine.keys() | first.keys())
-        if mine.get(key) != first.get(key)
-    ]
-    return [shortened(found, MAX_NAMED)] if found else []
-
-
-def shared_devices(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The problems of ranks that were given the GPU of another."""
-    owners: dict[tuple[str, str], int] = {}
-    found = []
-    for rank, each in enumerate(ranks):
-        owner = owners.setdefault((each["host"], each["device"]), rank)
-        is_shared = each["device"] != "cpu" and owner != rank
-        problem = f"shares {each['device']} with rank {owner}; start one task a GPU"
-        found.append({"host": each["host"], "problems": [problem] if is_shared else []})
-    return found
+def shared_device(ranks: list[dict[str, Any]], rank: int) -> str:
+    """The problem of a rank that was given the GPU of an earlier one; empty if it was not."""
+    places = [(each["host"], each["device"]) for each in ranks]
+    owner = places.index(places[rank])
+    if places[rank][1] == "cpu" or owner == rank:
+        return ""
+    return f"shares {places[rank][1]} with rank {owner}; start one task a GPU"
 
 
 def find_warnings(ranks: list[dict[str, Any]]) -> list[str]:
     """What may go wrong later, in words."""
     warnings = []
-    first = ranks[0]["clock"]
-    for each in {each["host"]: each for each in ranks}.values():
-        if abs(each["clock"] - first) > MAX_CLOCK_SECONDS:
+    for host, each in {each["host"]: each for each in ranks}.items():
+        seconds, free = each["clock"] - ranks[0]["clock"], each["free_temporary_bytes"]
+        if abs(seconds) > MAX_CLOCK_SECONDS:
             warnings.append(
-                f"the clock of {each['host']} differs by {each['clock'] - first:.0f} s from that "
-                f"of {ranks[0]['host']}; times in logs will not match"
+                f"the clock of {host} differs by {seconds:.0f} s from that of {ranks[0]['host']}; "
+                f"times in logs will not match"
             )
-        if each["free_temporary_bytes"] < MIN_TEMPORARY_BYTES:
-            free = each["free_temporary_bytes"] >> 20
-            warnings.append(f"{each['host']}: only {free} MiB free for temporary files")
+        if free < MIN_TEMPORARY_BYTES:
+            warnings.append(f"{host}: only {free >> 20} MiB free for temporary files")
     return warnings
 
 
 def _disk_warnings(config: Config) -> list[str]:
-    weights = Path(config.model.init_checkpoint) / "model.safetensors"
-    if not weights.is_file():
-        return []
-    free = shutil.disk_usage(config.run.output_dir).free
+    free = shutil.disk_usage(config.run.output_dir).free / 2**30
     kept = config.checkpoint.keep_last + 1  # the oldest goes when the newest is there
-    needed = kept * NUM_CHECKPOINT_COPIES * weights.stat().st_size
-    if free >= needed:
-        return []
-    return [
-        f"{config.run.output_dir}: {free / 2**30:.1f} GiB free, but {kept} checkpoints take about "
-        f"{needed / 2**30:.1f} GiB"
-    ]
+    needed = kept * NUM_CHECKPOINT_COPIES * (_weights_bytes(config) or 0) / 2**30
+    warning = f"{free:.1f} GiB free, but {kept} checkpoints take about {needed:.1f} GiB"
+    return [f"{config.run.output_dir}: {warning}"] if free < needed else []
+
+
+def _weights_bytes(config: Config) -> int | None:
+    weights = Path(config.model.init_checkpoint) / "model.safetensors"
+    return weights.stat().st_size if weights.is_file() else None
 
 
 def measure_all_reduce(world: World) -> str:
@@ -154,8 +129,7 @@ def measure_all_reduce(world: World) -> str:
     if world.world_size == 1:
         return ""
     num_bytes = (64 << 20) if world.device.type == "cuda" else (4 << 20)
-    small = min(_all_reduce_seconds(world, 8) for _ in range(5))
-    seconds = min(_all_reduce_seconds(world, num_bytes) for _ in range(4))
+    small, seconds = (_all_reduce_seconds(world, size) for size in (8, num_bytes))
     # Every byte is sent and received 2 (N - 1) / N times, whatever the algorithm.
     rate = 2 * (world.world_size - 1) / world.world_size * num_bytes / seconds
     return f"; all-reduce {1000 * small:.2f} ms, {rate / 1e9:.2f} GB/s"
@@ -163,15 +137,11 @@ def measure_all_reduce(world: World) -> str:
 
 def _all_reduce_seconds(world: World, num_bytes: int) -> float:
     tensor = torch.zeros(num_bytes, dtype=torch.uint8, device=world.device)
-    world.barrier()
-    start = time.perf_counter()
-    dist.all_reduce(tensor)
-    tensor[:1].tolist()  # waits for the device
-    return time.perf_counter() - start
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cpu":
-        return "cpu"
-    properties = torch.cuda.get_device_properties(device)
-    return f"{properties.name} {properties.uuid}"
+    best = math.inf
+    for _ in range(5):
+        world.barrier()
+        start = time.perf_counter()
+        torch.distributed.all_reduce(tensor)
+        tensor[:1].tolist()  # waits for the device
+        best = min(best, time.perf_counter() - start)
+    return best

@@ -10,7 +10,7 @@ import secrets
 import subprocess
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import IO, Any
 
@@ -21,16 +21,7 @@ from data_tools.files import write_text
 
 logger = logging.getLogger("bert_cpt")
 
-PACKAGES = (
-    "bert-cpt",
-    "torch",
-    "deepspeed",
-    "transformers",
-    "tokenizers",
-    "numba",
-    "numpy",
-    "wandb",
-)
+PACKAGES = ("bert-cpt", "torch", "deepspeed", "transformers", "tokenizers", "numba", "wandb")
 LOCK = ".lock"
 OUTCOME = "outcome.json"
 LAUNCH_ID = "BERT_CPT_LAUNCH"  # set by a launcher that wants to know its run again
@@ -106,12 +97,9 @@ def write_environment(run_dir: Path, ranks: list[Any]) -> None:
     """Record versions, hardware, commit, command line; no environment variables, so no secrets."""
     content = {
         "command": without_secrets(sys.argv),
-        "launch": os.environ.get(LAUNCH_ID),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "hostname": platform.node(),
         "num_cpus": os.cpu_count(),
-        "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         "cuda": torch.version.cuda,
         "packages": package_versions(),
         "git_commit": _git_commit(),
@@ -131,23 +119,17 @@ def without_secrets(arguments: list[str]) -> list[str]:
 
 def package_versions() -> dict[str, str | None]:
     """Versions of the packages that matter; None where one is not installed."""
-    return {name: _version_of(name) for name in PACKAGES}
-
-
-def _version_of(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
+    found = {item.metadata["Name"]: item.version for item in distributions()}
+    return {name: found.get(name) for name in PACKAGES}
 
 
 def _git_commit() -> str | None:
     """The commit of this source, "-dirty" if it was changed; None outside its own repository."""
-    git = ["git", "-C", str(Path(__file__).parent)]
-    describe = ["describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    try:
-        for command in (["ls-files", "--error-unmatch", Path(__file__).name], describe):
-            answer = subprocess.run([*git, *command], capture_output=True, text=True, check=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return answer.stdout.strip()
+    answer = ""
+    for command in (f"ls-files --error-unmatch {Path(__file__).name}", "describe --always --dirty"):
+        words = ["git", "-C", str(Path(__file__).parent), *command.split()]
+        try:
+            answer = subprocess.run(words, capture_output=True, text=True, check=True).stdout
+        except (OSError, subprocess.CalledProcessError):
+            return None
+    return answer.strip()

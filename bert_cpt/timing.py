@@ -8,11 +8,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from types import MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils.benchmark import Timer
 from transformers import BertConfig
 
 if TYPE_CHECKING:
@@ -30,34 +32,27 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.is_cuda = device.type == "cuda"
-        self.totals: dict[str, float] = defaultdict(float)
-        self._events: list[tuple[str, torch.cuda.Event]] = []
-        self._last = 0.0
+        self._marks: list[tuple[str, Any]] = []
         self.lap("")
 
     def lap(self, name: str) -> None:
         """Count the time since the last lap under `name`; an empty name discards it."""
+        mark: Any = time.perf_counter()
         if self.is_cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._events.append((name, event))
-            return
-        now = time.perf_counter()
-        if name:
-            self.totals[name] += now - self._last
-        self._last = now
+            mark = torch.cuda.Event(enable_timing=True)
+            mark.record()
+        self._marks.append((name, mark))
 
     def read(self) -> dict[str, float]:
         """Totals since the last read; waits for the device."""
-        if self._events:
+        if self.is_cuda:
             torch.cuda.synchronize()
-            for (_, before), (name, after) in zip(self._events, self._events[1:], strict=False):
-                if name:
-                    self.totals[name] += before.elapsed_time(after) / 1000
-            self._events = self._events[-1:]
-        result = dict(self.totals)
-        self.totals.clear()
-        return result
+        totals: dict[str, float] = defaultdict(float)
+        for (_, before), (name, after) in pairwise(self._marks):
+            totals[name] += before.elapsed_time(after) / 1000 if self.is_cuda else after - before
+        self._marks = self._marks[-1:]
+        totals.pop("", None)
+        return dict(totals)
 
 
 class CommunicationMeter:
@@ -76,7 +71,7 @@ class CommunicationMeter:
         from deepspeed.comm import comm
 
         self.watch = Stopwatch(device)
-        self.num_bytes: dict[str, int] = defaultdict(int)
+        self.num_bytes = 0
         self.is_on = False  # only during a training step
         backend: Any = comm.cdb
         for name in self.METHODS:
@@ -87,7 +82,7 @@ class CommunicationMeter:
         if not self.is_on:
             return plain(*args, **kwargs)
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        self.num_bytes[name] += max((tensor.nbytes for tensor in tensors), default=0)
+        self.num_bytes += max((tensor.nbytes for tensor in tensors), default=0)
         self.watch.lap("")
         result = plain(*args, **kwargs)
         self.watch.lap(name)
@@ -95,8 +90,7 @@ class CommunicationMeter:
 
     def read(self) -> tuple[float, int]:
         """(seconds, bytes) since the last read; waits for the device."""
-        total = sum(self.num_bytes.values())
-        self.num_bytes.clear()
+        total, self.num_bytes = self.num_bytes, 0
         return sum(self.watch.read().values()), total
 
 
@@ -110,6 +104,7 @@ class Interval:
         self.meter = CommunicationMeter(world.device)
         self.sums: dict[str, float] = defaultdict(float)
         self.step_seconds = 0.0
+        self.last: dict[str, float] = {}
 
     def timed(self, steps: Iterator[Any]) -> Iterator[Any]:
         """Pass batches on, counting the time spent waiting for them."""
@@ -134,15 +129,12 @@ class Interval:
 
     def add(self, phase: Phase, totals: StepTotals, rate: float, norm: float) -> None:
         """Count a step that is done."""
-        done = totals._asdict() | {
-            "steps": 1,
-            "seconds": self.step_seconds,
-            "samples": phase.train_batch_size,
-            "positions": phase.train_batch_size * phase.sequence_length,
-        }
+        done = totals._asdict() | {"steps": 1, "seconds": self.step_seconds}
+        done |= {"samples": phase.train_batch_size}
+        done |= {"positions": phase.train_batch_size * phase.sequence_length}
         for name, value in done.items():
             self.sums[name] += value
-        self.sums["learning_rate"], self.sums["grad_norm"] = rate, norm
+        self.last = {"learning_rate": rate, "grad_norm": norm}
 
     def read(self, config: BertConfig) -> tuple[dict[str, Any], float]:
         """The figures of a log line, and seconds a step; begins a new interval.
@@ -154,11 +146,9 @@ class Interval:
         communication_seconds, communication_bytes = self.meter.read()
         tokens, masked, pairs = sums["num_tokens"], sums["num_masked"], sums["num_pairs"]
         flops = flops_per_token(
-            config,
-            mean_square_length=sums["num_squares"] / tokens,
-            masked_share=masked / tokens,
-            mean_length=tokens / sums["samples"],
-        )
+            config, mean_square_length=sums["num_squares"] / tokens,
+            masked_share=masked / tokens, mean_length=tokens / sums["samples"],
+        )  # fmt: skip
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if self.world.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.world.device) / 2**30
@@ -167,8 +157,7 @@ class Interval:
             "nsp_loss": sums["nsp_loss"] / pairs if pairs else None,
             "mlm_accuracy": sums["mlm_correct"] / max(masked, 1),
             "nsp_accuracy": sums["nsp_correct"] / pairs if pairs else None,
-            "learning_rate": sums["learning_rate"],
-            "grad_norm": sums["grad_norm"],
+            **self.last,
             "tokens_per_second": tokens / seconds,
             "positions_per_second": sums["positions"] / seconds,
             "fill": tokens / sums["positions"],
@@ -205,17 +194,7 @@ def flops_per_token(
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
     """Floating-point operations a second of a large matrix product, measured here and now."""
-    is_cuda = device.type == "cuda"
-    size, repeats = (8192, 10) if is_cuda else (512, 4)
+    size, repeats = (8192, 10) if device.type == "cuda" else (512, 4)
     a = torch.randn(size, size, device=device).to(dtype)
-    best = 0.0
-    for _ in range(3):
-        if is_cuda:
-            torch.cuda.synchronize()
-        start = time.perf_counter()
-        for _ in range(repeats):
-            a @ a
-        if is_cuda:
-            torch.cuda.synchronize()
-        best = max(best, repeats * 2 * size**3 / (time.perf_counter() - start))
-    return best
+    timer = Timer("a @ a", globals={"a": a}, num_threads=torch.get_num_threads())
+    return 2 * size**3 / min(timer.timeit(repeats).mean for _ in range(3))

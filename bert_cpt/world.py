@@ -45,30 +45,23 @@ class World:
 
     def sum(self, values: Iterable[float]) -> list[float]:
         """Sums over all ranks, in float64; waits for the device."""
-        return self.reduce(values, dist.ReduceOp.SUM)
-
-    def max(self, values: Iterable[float]) -> list[float]:
-        """Maxima over all ranks, in float64."""
-        return self.reduce(values, dist.ReduceOp.MAX)
-
-    def reduce(self, values: Iterable[float], operation: Any) -> list[float]:
         tensor = torch.tensor(list(values), dtype=torch.float64, device=self.device)
         if self.world_size > 1:
-            dist.all_reduce(tensor, operation)
+            dist.all_reduce(tensor)
         return tensor.tolist()
 
     def on_main(self, function: Callable[[], Any]) -> Any:
         """Call `function` on rank 0 only; every rank gets its result, or raises its UserError."""
-        outcome = {}
+        value, problem = None, ""
         if self.is_main:
             try:
-                outcome["value"] = function()
+                value = function()
             except UserError as error:
-                outcome["error"] = str(error)
-        outcome = self.broadcast(outcome)
-        if "error" in outcome:
-            raise UserError(outcome["error"])
-        return outcome["value"]
+                problem = str(error)
+        value, problem = self.broadcast([value, problem])
+        if problem:
+            raise UserError(problem)
+        return value
 
     def agree(self, function: Callable[[], Any]) -> Any:
         """Call `function` on every rank; each gets its own result, or all raise a UserError.
@@ -80,15 +73,29 @@ class World:
             value = function()
         except (UserError, OSError) as error:
             problem = str(error)
-        raise_problems(self.gather({"host": socket.gethostname(), "problems": [problem]}))
+        self.raise_any(problem)
         return value
+
+    def raise_any(self, problem: str) -> None:
+        """Raise UserError on all ranks if any has a problem, saying who has which."""
+        owners: dict[str, list[str]] = {}
+        for rank, (host, each) in enumerate(self.gather([socket.gethostname(), problem])):
+            if each:
+                owners.setdefault(each, []).append(f"{host} (rank {rank})")
+        lines = [
+            each if len(names) == self.world_size else f"on {shortened(names)}: {each}"
+            for each, names in owners.items()
+        ]
+        if lines:
+            raise UserError("; ".join(lines))
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank, which JSON must be able to hold, on every rank."""
         data = json.dumps(value).encode()
         if self.world_size == 1:
             return [json.loads(data)]
-        (size,) = self.max([len(data)])
+        size = torch.tensor(len(data), device=self.device)
+        dist.all_reduce(size, dist.ReduceOp.MAX)
         padded = bytearray(data.ljust(int(size)))  # JSON does not mind blanks at the end
         mine = torch.frombuffer(padded, dtype=torch.uint8).to(self.device)
         everyone = [torch.empty_like(mine) for _ in range(self.world_size)]
@@ -97,31 +104,7 @@ class World:
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, which JSON must be able to hold, on every rank."""
-        if self.world_size == 1:
-            return value
-        data = json.dumps(value).encode() if self.is_main else b""
-        size = torch.tensor([len(data)], device=self.device)
-        dist.broadcast(size, 0)
-        buffer = torch.zeros(int(size), dtype=torch.uint8, device=self.device)
-        if self.is_main:
-            buffer.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-        dist.broadcast(buffer, 0)
-        return json.loads(bytes(buffer.cpu().tolist()))
-
-
-def raise_problems(everyone: list[Any]) -> None:
-    """Raise UserError if any rank has "problems"; says which hosts and ranks have which."""
-    owners: dict[str, list[str]] = {}
-    for rank, each in enumerate(everyone):
-        for problem in filter(None, each["problems"]):
-            owners.setdefault(problem, []).append(f"{each['host']} (rank {rank})")
-    if owners:
-        raise UserError(
-            "; ".join(
-                problem if len(names) == len(everyone) else f"on {shortened(names)}: {problem}"
-                for problem, names in owners.items()
-            )
-        )
+        return self.gather(value if self.is_main else None)[0]
 
 
 def shortened(names: list[str], limit: int = 4) -> str:
@@ -140,17 +123,15 @@ def slurm_ranks(environment: Mapping[str, str]) -> dict[str, str]:
     # Jobs on one node get ports apart, below those that systems hand out by themselves.
     port = 20_000 + int(environment["SLURM_JOB_ID"]) * 7 % 12_000
     port += int(environment.get("SLURM_STEP_ID", "0")) % 7
-    return {
-        "RANK": environment["SLURM_PROCID"],
-        "WORLD_SIZE": environment["SLURM_NTASKS"],
-        "LOCAL_RANK": environment["SLURM_LOCALID"],
+    names = {"RANK": "PROCID", "WORLD_SIZE": "NTASKS", "LOCAL_RANK": "LOCALID"}
+    return {name: environment[f"SLURM_{value}"] for name, value in names.items()} | {
         "MASTER_ADDR": first_host(environment["SLURM_JOB_NODELIST"]),
         "MASTER_PORT": str(port),
     }
 
 
-def read_environment() -> tuple[int, int, int]:
-    """(rank, world size, local rank), after naming Slurm's variables as torch expects them."""
+def read_environment() -> list[int]:
+    """Rank, world size, local rank, after naming Slurm's variables as torch expects them."""
     names = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     if "RANK" not in os.environ and int(os.environ.get("SLURM_NTASKS", "1")) > 1:
         if "SLURM_PROCID" not in os.environ:
@@ -160,23 +141,20 @@ def read_environment() -> tuple[int, int, int]:
         names = slurm_ranks(os.environ)
     for name, value in names.items():
         os.environ.setdefault(name, value)
-    rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
-    return rank, size, local
+    return [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")]
 
 
 def choose_device(local_rank: int) -> torch.device:
     """The GPU of this rank, or the CPU; raises UserError if the node has too few GPUs."""
     num_devices = torch.cuda.device_count()
-    if not num_devices:
-        return torch.device("cpu")
-    if num_devices == 1:  # one a task, as under srun --gpus-per-task=1
-        return torch.device("cuda", 0)
-    if local_rank >= num_devices:
+    if num_devices > 1 and local_rank >= num_devices:
         raise UserError(
             f"{socket.gethostname()}: {num_devices} GPUs, but a rank with the local number "
             f"{local_rank}; start one task a GPU"
         )
-    return torch.device("cuda", local_rank)
+    # A single GPU belongs to this task, whatever its number, as under srun --gpus-per-task=1.
+    index = local_rank if num_devices > 1 else 0
+    return torch.device("cuda", index) if num_devices else torch.device("cpu")
 
 
 def meet(rank: int, world_size: int) -> dist.TCPStore:
@@ -188,10 +166,9 @@ def meet(rank: int, world_size: int) -> dist.TCPStore:
     address = os.environ["MASTER_ADDR"] if world_size > 1 else "127.0.0.1"
     port = int(os.environ.get("MASTER_PORT", "29500")) if world_size > 1 else 0  # 0: any free one
     is_server = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    limit = timedelta(seconds=MEETING_SECONDS)
     try:
-        store = dist.TCPStore(
-            address, port, None, is_server, timedelta(seconds=MEETING_SECONDS), False
-        )
+        store = dist.TCPStore(address, port, None, is_server, limit, False)
         store.set(f"here/{rank}", socket.gethostname())
     except (RuntimeError, ValueError) as error:
         raise ConnectionError(
@@ -231,12 +208,8 @@ def start_world() -> World:
     backend = "gloo" if device.type == "cpu" else "nccl"
     if not dist.is_initialized():
         dist.init_process_group(
-            backend,
-            store=meet(rank, world_size),
-            rank=rank,
-            world_size=world_size,
-            timeout=COLLECTIVE_TIMEOUT,
-            device_id=device if device.type == "cuda" else None,
-        )
+            backend, store=meet(rank, world_size), rank=rank, world_size=world_size,
+            timeout=COLLECTIVE_TIMEOUT, device_id=device if device.type == "cuda" else None,
+        )  # fmt: skip
         deepspeed.init_distributed(backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
     return World(rank, world_size, local_rank, device)
