@@ -11,12 +11,11 @@ A batch is packed: the tokens of its samples stand back to back in one stream, w
 
 from __future__ import annotations
 
-import json
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,7 +25,6 @@ from numba import njit
 
 from bert_cpt.masking import MaskRule, apply_masks, choose_masks
 from data_tools.errors import UserError
-from data_tools.files import write_text
 from data_tools.hashing import derive_key, draw
 from data_tools.samples import (
     RANDOM,
@@ -133,38 +131,28 @@ def mixing_pattern(weights: Sequence[float]) -> np.ndarray:
     return owners[np.argsort(places, kind="stable")]
 
 
+@dataclass
 class EpochIndexes:
-    """The sample indices of one corpus, epoch after epoch; at most two are kept.
+    """The sample indices of one corpus, epoch after epoch; at most two are kept in memory.
 
     With a `directory`, one process (`is_builder`) writes them and the others wait for the files.
     """
 
-    def __init__(
-        self,
-        shards: Sequence[Shard],
-        is_continuation: np.ndarray,
-        options: SampleOptions,
-        seed: int,
-        *,
-        directory: Path | None = None,
-        is_builder: bool = True,
-        num_threads: int = 1,
-    ) -> None:
-        self.shards = shards
-        self.is_continuation = is_continuation
-        self.options = options
-        self.seed = seed
-        self.directory = directory
-        self.is_builder = is_builder
-        self.num_threads = num_threads
-        self._starts = [0]  # first sample of each epoch, in samples of this corpus
-        self._kept: dict[int, EpochIndex] = {}
+    shards: Sequence[Shard]
+    is_continuation: np.ndarray
+    options: SampleOptions
+    seed: int
+    directory: Path | None = None
+    is_builder: bool = True
+    num_threads: int = 1
+    _starts: list[int] = field(default_factory=lambda: [0])  # first sample of each epoch
+    _kept: dict[int, EpochIndex] = field(default_factory=dict)
 
     def epoch_of(self, position: int) -> tuple[int, int]:
         """(epoch, first sample of that epoch) of the `position`-th sample of the corpus."""
         while self._starts[-1] <= position:
             epoch = len(self._starts) - 1
-            self._starts.append(self._starts[-1] + self._size(epoch))
+            self._starts.append(self._starts[-1] + len(self.get(epoch)))
         epoch = int(np.searchsorted(self._starts, position, "right")) - 1
         return epoch, self._starts[epoch]
 
@@ -177,16 +165,6 @@ class EpochIndexes:
             if len(self._kept[epoch]) == 0:
                 raise UserError(f"{self.shards[0].prefix.parent}: holds no sample")
         return self._kept[epoch]
-
-    def _size(self, epoch: int) -> int:
-        """Number of samples of an epoch; remembered on disk, for a resume many epochs on."""
-        record = self.directory / f"epoch_{epoch:05d}.json" if self.directory else None
-        if record and record.exists():
-            return json.loads(record.read_text())["num_samples"]
-        size = len(self.get(epoch))
-        if record and self.is_builder:
-            write_text(record, json.dumps({"num_samples": size}))
-        return size
 
     def _build(self, epoch: int) -> EpochIndex:
         directory = self.directory / f"epoch_{epoch:05d}" if self.directory else None
@@ -416,12 +394,12 @@ class BatchShape:
         return self.num_bins // self.world_size
 
 
+@dataclass
 class Loader:
     """Batches of a stream for one rank."""
 
-    def __init__(self, stream: SampleStream, rule: MaskRule) -> None:
-        self.stream = stream
-        self.rule = rule
+    stream: SampleStream
+    rule: MaskRule
 
     def samples(self, first: int, count: int) -> PackedBatch:
         """Samples `first` to `first + count` - 1, in order, as one batch."""
