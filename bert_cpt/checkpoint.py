@@ -153,6 +153,16 @@ class Checkpointer:
                 shutil.rmtree(doomed, ignore_errors=True)
 
 
+def write_final(run_dir: Path, weights: dict[str, Tensor], bert_config: BertConfig) -> Path:
+    """Write the model that a run ends in; returns its directory."""
+    aside = run_dir / ".final.tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    write_model(aside, weights, bert_config, run_dir / "tokenizer")
+    publish(aside, run_dir / "final")
+    return run_dir / "final"
+
+
 def publish(aside: Path, target: Path) -> None:
     """Sync every file of a finished directory, then give it its name; an older one gives way."""
     for path in aside.iterdir():
@@ -247,10 +257,12 @@ def read_state(directory: Path) -> CheckpointState:
     return state
 
 
-def restore_engine(engine: Engine, directory: Path, state: CheckpointState) -> None:
+def restore(engine: Engine, directory: Path) -> TrainState:
     """Bring moments, step count and loss scaler of a checkpoint into an engine."""
+    state = read_state(directory)
     opened = {key: safe_open(directory / f"optimizer-{key}.safetensors", "pt") for key in MOMENTS}
     engine.restore(opened, state.optimizer_step, state.scaler)
+    return state.train
 
 
 # Keys that may differ between a checkpoint and the run that resumes it: they do not change what is

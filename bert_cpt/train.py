@@ -33,10 +33,8 @@ from bert_cpt.checkpoint import (
     collect_tokenizer,
     corpus_fingerprints,
     find_checkpoint,
-    publish,
-    read_state,
-    restore_engine,
-    write_model,
+    restore,
+    write_final,
 )
 from bert_cpt.config import Config, Phase, load_config
 from bert_cpt.ds_config import DeepSpeedConfig
@@ -213,11 +211,7 @@ def build(
     if settings.compile:
         model.bert.encoder.compile(dynamic=True)
     engine = Engine(PretrainingModel(model, settings.attention), config, ds_config, world, new)
-    state = TrainState()
-    if checkpoint is not None:
-        saved = read_state(checkpoint)
-        state = saved.train
-        restore_engine(engine, checkpoint, saved)
+    state = restore(engine, checkpoint) if checkpoint else TrainState()
     ceiling = matmul_ceiling(world.device, DTYPES[ds_config.precision])
     logger.info(
         "%d rank(s) on %s, %s, ZeRO %d, %s attention (attention dropout %g), %.1f M parameters "
@@ -463,14 +457,11 @@ def finish(run: Run) -> None:
     evaluate_heldout(run, "after")
     tensors = run.engine.gather(keep=run.world.is_main)
     if run.world.is_main:
-        aside = run.directory / ".final.tmp"
-        aside.mkdir(exist_ok=True)
-        write_model(aside, tensors["model"], run.setup.bert_config, run.directory / "tokenizer")
-        publish(aside, run.directory / "final")
+        final = write_final(run.directory, tensors["model"], run.setup.bert_config)
         logger.info(
             "done: %d steps, %.1f M tokens, %s of training; model: %s",
             run.state.global_step, run.state.num_tokens / 1e6,
-            tqdm.format_interval(run.state.seconds), run.directory / "final",
+            tqdm.format_interval(run.state.seconds), final,
         )  # fmt: skip
     run.world.barrier()
 
