@@ -7,13 +7,12 @@ in = documents out + counted losses, and writes the manifest last. So the same c
 after a kill at any moment, does only what is missing.
 """
 
-import itertools
 import logging
 import multiprocessing
 import os
 import shutil
+import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -34,7 +33,6 @@ from data_tools.plan import (
     Plan,
     make_plan,
     prepare_output,
-    recorded,
     share_of,
 )
 from data_tools.readers import Block, Document, row_blocks
@@ -80,11 +78,8 @@ def build(
     work = output / BUILD
     with _dead_workers_explained():
         if not finish_only:
-            share = share_of(plan, work, rank, world_size, workers)
-            tasks: Iterable[Block | int] = itertools.chain(
-                share.whole_sources, share.blocks, share.divided(plan, work)
-            )
-            _run(plan, work, tasks, workers, share.num_bytes)
+            tasks, num_bytes = share_of(plan, work, rank, world_size, workers)
+            _run(plan, work, tasks, workers, num_bytes)
             if world_size > 1:
                 return None
         return finish(plan, output, tokenizer, tokenizer_name, workers)
@@ -129,9 +124,10 @@ def write_shards(
         shutil.rmtree(work)  # it cannot be continued: the documents may be others
     prepare_output(output, plan, loaded, is_alone=True)
     _say_if_slow(loaded)
-    blocks = row_blocks(((document, 0) for document in documents), 0, options.block_bytes)
+    rows = ((document, 0) for document in documents)
+    blocks = row_blocks(rows, 0, options.block_bytes)
     with _dead_workers_explained():
-        _run(plan, work, recorded(blocks, work, 0, Counter()), workers, 0)
+        _run(plan, work, blocks, workers, 0)
         return finish(plan, output, loaded, name, workers)
 
 
@@ -169,14 +165,35 @@ def _run_in_worker(task: Block | int) -> tuple[int, Counter[str]]:
 
 
 def _run(
-    plan: Plan, work: Path, tasks: Iterable[Block | int], workers: int, total_bytes: int
+    plan: Plan, work: Path, tasks: Iterable[Block | int], workers: int, num_bytes: int
 ) -> None:
     """Do all tasks, in this process or in `workers` of them."""
-    with Progress(total_bytes) as progress:
+    tokens = 0
+    seconds = 0.1 if sys.stderr.isatty() else LOG_SECONDS
+    bar = tqdm(
+        total=num_bytes or None, unit="B", unit_scale=True, mininterval=seconds, desc="sharding"
+    )
+
+    def add(num_bytes: int, counts: Counter[str]) -> None:
+        nonlocal tokens
+        tokens += counts["tokens"]
+        rate = tokens / 1e6 / max(bar.format_dict["elapsed"], 1e-3)
+        bar.set_postfix_str(f"{rate:.2f} M tokens/s", refresh=False)
+        bar.update(num_bytes)
+
+    def collect(running: set[Future[tuple[int, Counter[str]]]], most: int) -> None:
+        """Wait until at most `most` are left."""
+        while len(running) > most:
+            done, _ = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                add(*future.result())
+            running -= done
+
+    with bar:
         if workers == 1:
             worker = BlockWorker(plan, work)
             for task in tasks:
-                progress.add(*worker.run(task))
+                add(*worker.run(task))
             return
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, context, _start_worker, (plan, work)) as pool:
@@ -184,21 +201,10 @@ def _run(
             try:
                 for task in tasks:
                     running.add(pool.submit(_run_in_worker, task))
-                    if len(running) > 2 * workers:
-                        running = _collect(running, progress)
-                while running:
-                    running = _collect(running, progress)
+                    collect(running, 2 * workers)
+                collect(running, 0)
             finally:
                 pool.shutdown(cancel_futures=True)
-
-
-def _collect(
-    running: set[Future[tuple[int, Counter[str]]]], progress: "Progress"
-) -> set[Future[tuple[int, Counter[str]]]]:
-    done, rest = wait(running, return_when=FIRST_COMPLETED)
-    for future in done:
-        progress.add(*future.result())
-    return rest
 
 
 @contextmanager
@@ -210,39 +216,3 @@ def _dead_workers_explained() -> Iterator[None]:
             "a worker process died (killed, or out of memory); nothing finished is lost, and "
             "fewer --workers need less memory"
         ) from error
-
-
-class Progress:
-    """A bar with MB/s, tokens/s and ETA on a terminal; elsewhere a log line every half minute."""
-
-    def __init__(self, total_bytes: int) -> None:
-        self.bar = tqdm(
-            total=total_bytes or None, unit="B", unit_scale=True, disable=None, desc="sharding"
-        )
-        self.start = self.logged = time.monotonic()
-        self.total, self.done, self.tokens = total_bytes, 0, 0
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def add(self, num_bytes: int, counts: Counter[str]) -> None:
-        """Count a finished task."""
-        self.done += num_bytes
-        self.tokens += counts["tokens"]
-        now = time.monotonic()
-        seconds = max(now - self.start, 1e-3)
-        rate = f"{self.tokens / seconds / 1e6:.2f} M tokens/s"
-        self.bar.set_postfix_str(rate, refresh=False)
-        self.bar.update(num_bytes)
-        if self.bar.disable and now - self.logged > LOG_SECONDS:
-            self.logged = now
-            left = ""
-            if self.total:
-                percent = 100 * self.done / self.total
-                eta = seconds * max(self.total - self.done, 0) / max(self.done, 1)
-                left = f" ({percent:.0f} %), ETA {eta:.0f} s"
-            speed = self.done / seconds / 1e6
-            logger.info("%.0f MB%s, %.1f MB/s, %s", self.done / 1e6, left, speed, rate)

@@ -2,6 +2,7 @@
 
 import multiprocessing
 import shutil
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -13,12 +14,12 @@ import numpy as np
 
 from data_tools.errors import UserError
 from data_tools.files import remove_leftovers, write_text
-from data_tools.parts import Part, open_part
-from data_tools.plan import BUILD, PLAN, Plan, expected_parts
+from data_tools.plan import BUILD, PLAN, Plan, part_prefix, parts_of
 from data_tools.shards import (
     TOKENIZER,
     Manifest,
     Run,
+    Shard,
     ShardRecord,
     SourceRecord,
     TokenizerIdentity,
@@ -26,6 +27,7 @@ from data_tools.shards import (
     write_shard,
 )
 from data_tools.tokenizer import BulkTokenizer
+from data_tools.worker import keys_of
 
 LOST_DOCUMENTS = (
     "documents_bad_csv",
@@ -48,17 +50,18 @@ def finish(
     Raises:
         UserError: parts are missing, or no document holds any text.
     """
-    paths, counts = expected_parts(plan, output / BUILD)
+    counts = Counter(plan.counts)
+    parts: list[tuple[int, int]] = []
     read: Counter[int] = Counter()
     totals = [0]
-    for index, path in paths:
-        part = open_part(path)
-        counts += part.counts
-        read[index] += part.counts["documents_read"]
-        totals.append(totals[-1] + part.num_tokens)
+    for index, block, found in parts_of(plan, output / BUILD):
+        parts.append((index, block))
+        counts += found
+        read[index] += found["documents_read"]
+        totals.append(totals[-1] + found["tokens"])
     _check_balance(plan, counts)
     counts["sources_without_documents"] = sum(not read[i] for i in range(len(plan.sources)))
-    records = _merge(plan, output, [path for _, path in paths], totals, workers)
+    records = _merge(plan, output, tokenizer.dtype, parts, totals, workers)
     options = {k: v for k, v in asdict(plan.options).items() if k != "on_error"}
     manifest = Manifest(
         tokenizer=TokenizerIdentity(
@@ -99,12 +102,16 @@ def _check_balance(plan: Plan, counts: Counter[str]) -> None:
 
 
 def _merge(
-    plan: Plan, output: Path, paths: list[Path], totals: list[int], workers: int
+    plan: Plan,
+    output: Path,
+    dtype: np.dtype,
+    parts: list[tuple[int, int]],
+    totals: list[int],
+    workers: int,
 ) -> list[ShardRecord]:
     num_shards = max(1, round(totals[-1] / plan.options.shard_tokens))
-    is_shuffled = plan.options.shuffle_seed is not None
+    constants = (output, dtype, parts, totals, num_shards, plan.options.shuffle_seed)
     shards = range(num_shards)
-    constants = (output, paths, totals, num_shards, is_shuffled)
     if workers == 1 or num_shards == 1:
         return [_merge_shard(shard, *constants) for shard in shards]
     context = multiprocessing.get_context("spawn")
@@ -115,33 +122,30 @@ def _merge(
 def _merge_shard(
     shard: int,
     output: Path,
-    paths: list[Path],
+    dtype: np.dtype,
+    parts: list[tuple[int, int]],
     totals: list[int],
     num_shards: int,
-    is_shuffled: bool,
+    seed: int | None,
 ) -> ShardRecord:
     """Write one shard: its range of keys (or, unshuffled, of tokens) out of every part."""
     done = output / BUILD / f"shard_{shard:05d}.json"
     if done.exists():
         return ShardRecord.model_validate_json(done.read_text())
 
-    def first_of(part: Part, start: int, number: int) -> int:
-        """The first document of a part that belongs to shard `number` or a later one."""
-        if number == num_shards:
-            return part.num_documents
-        if is_shuffled:
-            return int(np.searchsorted(part.keys, np.uint64((number << 64) // num_shards)))
-        begins = start + part.token_ends - np.diff(part.token_ends, prepend=0)
-        return int(np.searchsorted(begins, totals[-1] * number // num_shards))
-
     def runs() -> Iterator[Run]:
-        for path, start in zip(paths, totals, strict=False):  # mapped one at a time
-            part = open_part(path)
-            first, last = (first_of(part, start, number) for number in (shard, shard + 1))
+        for (index, block), start in zip(parts, totals, strict=False):  # mapped one at a time
+            part = Shard(part_prefix(output / BUILD, index, block))
+            if seed is None:
+                begins = part.sentence_offsets[part.document_index[:-1]] // dtype.itemsize + start
+                bounds = [totals[-1] * number // num_shards for number in (shard, shard + 1)]
+            else:
+                begins = np.sort(keys_of(seed, index, block, part.num_documents))
+                bounds = [(number << 64) // num_shards for number in (shard, shard + 1)]
+            first, last = (bisect_left(begins, bound) for bound in bounds)
             if last > first:
                 yield part.documents(first, last)
 
-    dtype = open_part(paths[0]).tokens.dtype
     record = write_shard(output / f"shard_{shard:05d}", runs(), dtype)
     write_text(done, record.model_dump_json())
     return record

@@ -1,16 +1,16 @@
 """What a build is to do: its plan, kept in the output directory, and how it is dealt to ranks.
 
 OUTPUT/.build/plan.json              what is built, from what: a rerun must agree with it
-              part_00000_000003      block 3 of source 0
-              blocks_00000.json      the blocks of a source whose number was not known before
+              part_00000_000003.*    block 3 of source 0: a small shard, and its counts
               shard_00000.json       a shard that is finished
 """
 
+import itertools
 import json
 import logging
 import shutil
-from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -150,45 +150,52 @@ def prepare_output(output: Path, plan: Plan, tokenizer: BulkTokenizer, *, is_alo
     return False
 
 
-# --- who does what --------------------------------------------------------------------------------
+# --- parts ----------------------------------------------------------------------------------------
 
 
-def part_path(work: Path, source_index: int, block: int) -> Path:
-    """Where the part of a block lies."""
+def part_prefix(work: Path, source_index: int, block: int) -> Path:
+    """Where the part of a block lies; it is complete if its .json, written last, is there."""
     return work / f"part_{source_index:05d}_{block:06d}"
 
 
-@dataclass(frozen=True)
-class Share:
-    """What one rank has still to do.
+def parts_of(plan: Plan, work: Path) -> Iterator[tuple[int, int, Counter[str]]]:
+    """(source index, block, counts) of every part, in the order of the input.
 
-    Attributes:
-        blocks: of files that workers read by themselves.
-        whole_sources: streamed from beginning to end by one worker each.
-        divided_sources: streamed by the parent, which takes blocks k with
-            (source + k) % world_size == rank.
+    Raises:
+        UserError: a part is missing.
+    """
+    for index, source in enumerate(plan.sources):
+        for block in itertools.count():
+            path = part_prefix(work, index, block).with_suffix(".json")
+            if not path.exists():
+                raise UserError(
+                    f"{source.path}: block {block} is not done yet; run the shard command of every "
+                    f"rank first, then --finish"
+                )
+            content = json.loads(path.read_text())
+            yield index, block, Counter(content["counts"])
+            if content["is_last"]:
+                break
+
+
+# --- who does what --------------------------------------------------------------------------------
+
+
+def share_of(
+    plan: Plan, work: Path, rank: int, world_size: int, workers: int
+) -> tuple[Iterator[Block | int], int]:
+    """What one rank has still to do, a pure function of the plan, less what is done already.
+
+    Returns:
+        tasks: blocks to read (payload None), blocks of streams read here, and whole streams (their
+            source index); block k of source i belongs to rank (i + k) % world_size.
         num_bytes: of all of it, about, for the progress bar.
     """
-
-    blocks: list[Block]
-    whole_sources: list[int]
-    divided_sources: list[int]
-    rank: int
-    world_size: int
-    num_bytes: int
-
-    def divided(self, plan: Plan, work: Path) -> Iterator[Block]:
-        """The blocks of the divided sources."""
-        for index in self.divided_sources:
-            for block in stream(plan, work, index):
-                is_mine = (index + block.index) % self.world_size == self.rank
-                if is_mine and not part_path(work, index, block.index).exists():
-                    yield block
-
-
-def share_of(plan: Plan, work: Path, rank: int, world_size: int, workers: int) -> Share:
-    """The share of a rank, a pure function of the plan, less what is done already."""
     size = plan.options.block_bytes
+    done: dict[int, set[int]] = defaultdict(set)
+    for path in work.glob("part_*.json"):
+        _, source_index, block = path.stem.split("_")
+        done[int(source_index)].add(int(block))
     blocks = []
     streamed = []
     for index, source in enumerate(plan.sources):
@@ -197,87 +204,50 @@ def share_of(plan: Plan, work: Path, rank: int, world_size: int, workers: int) -
             continue
         windows = range(readers.num_windows(source, size))
         for number in windows[(rank - index) % world_size :: world_size]:
-            if not part_path(work, index, number).exists():
+            if number not in done[index]:
                 num_bytes = min(size, source.num_bytes - number * size)
                 blocks.append(Block(index, number, None, num_bytes))
     is_dealt_whole = len(streamed) >= 4 * world_size
     if is_dealt_whole:
         streamed = streamed[rank::world_size]
         rank, world_size = 0, 1
-    left = [i for i in streamed if not _is_streamed(work, i, rank, world_size)]
-    is_whole = is_dealt_whole and len(left) >= workers
-    total = sum(block.num_bytes for block in blocks)
-    total += sum(plan.sources[i].num_bytes for i in left) // world_size
-    return Share(
-        blocks,
-        whole_sources=left if is_whole else [],
-        divided_sources=[] if is_whole else left,
-        rank=rank,
-        world_size=world_size,
-        num_bytes=total,
-    )
+
+    def is_mine(index: int, number: int) -> bool:
+        return (index + number) % world_size == rank
+
+    def is_read(index: int) -> bool:
+        last = max(done[index], default=0)
+        mine = {number for number in range(last) if is_mine(index, number)}
+        return mine <= done[index] and _is_last(part_prefix(work, index, last))
+
+    def divided() -> Iterator[Block]:
+        for index in left:
+            for block in stream(plan, index):
+                if is_mine(index, block.index) and block.index not in done[index]:
+                    yield block
+
+    left = [index for index in streamed if not is_read(index)]
+    num_bytes = sum(block.num_bytes for block in blocks)
+    num_bytes += sum(plan.sources[index].num_bytes for index in left) // world_size
+    if is_dealt_whole and len(left) >= workers:
+        return itertools.chain(left, blocks), num_bytes
+    return itertools.chain(blocks, divided()), num_bytes
 
 
-def _is_streamed(work: Path, index: int, rank: int, world_size: int) -> bool:
-    """Whether a source was read to its end and this rank's parts of it are there."""
-    record = work / f"blocks_{index:05d}.json"
-    if not record.exists():
-        return False
-    numbers = json.loads(record.read_text())["blocks"]
-    mine = [number for number in numbers if (index + number) % world_size == rank]
-    return all(part_path(work, index, number).exists() for number in mine)
+def _is_last(prefix: Path) -> bool:
+    path = prefix.with_suffix(".json")
+    return path.exists() and bool(json.loads(path.read_text())["is_last"])
 
 
-def stream(plan: Plan, work: Path, index: int) -> Iterator[Block]:
+def stream(plan: Plan, index: int) -> Iterator[Block]:
     """All blocks of a source that is read from its beginning to its end."""
     source, size = plan.sources[index], plan.options.block_bytes
     policy = Policy(plan.options.on_error, Counter())
     if source.format in TEXT_FORMATS:
-        blocks = readers.stream_blocks(source, index, size, policy)
+        blocks = readers.line_blocks(source, index, size, policy)
     else:
         rows = readers.read_rows(source, plan.options.text_field, policy)
         blocks = readers.row_blocks(rows, index, size, source.num_bytes)
-    return recorded(blocks, work, index, policy.counts)
-
-
-def recorded(
-    blocks: Iterable[Block], work: Path, index: int, counts: Counter[str]
-) -> Iterator[Block]:
-    """Pass the blocks of a source through; at its end write down which there were."""
-    numbers = []
     for block in blocks:
-        numbers.append(block.index)
-        yield block
-    write_text(work / f"blocks_{index:05d}.json", json.dumps({"blocks": numbers, "counts": counts}))
-
-
-def expected_parts(plan: Plan, work: Path) -> tuple[list[tuple[int, Path]], Counter[str]]:
-    """(source index, path) of every part, in the order of the input, and counts of the reading.
-
-    Raises:
-        UserError: parts are missing.
-    """
-    expected: list[tuple[int, Path]] = []
-    counts = Counter(plan.counts)
-    for index, source in enumerate(plan.sources):
-        numbers: Iterable[int]
-        if source.is_seekable:
-            numbers = range(readers.num_windows(source, plan.options.block_bytes))
-        else:
-            record = work / f"blocks_{index:05d}.json"
-            if not record.exists():
-                raise UserError(
-                    f"{source.path}: not read to its end yet; run the shard command of every rank "
-                    f"first, then --finish"
-                )
-            content = json.loads(record.read_text())
-            numbers = content["blocks"]
-            counts.update(content["counts"])
-        expected += [(index, part_path(work, index, number)) for number in numbers]
-    missing = [path.name for _, path in expected if not path.exists()]
-    if missing:
-        raise UserError(
-            f"{len(missing)} of {len(expected)} blocks are not done yet ({missing[0]}, ...); run "
-            f"the shard command of every rank first, then --finish"
-        )
-    return expected, counts
+        counts, policy.counts = policy.counts, Counter()
+        yield replace(block, counts=counts)

@@ -1,12 +1,12 @@
 r"""Documents from sources, in blocks that depend on the input alone.
 
 A block is the unit of work: a few MiB of whole documents. For text and JSON lines, block k of a
-file holds what lies between its k-th and (k+1)-th cut, where cut k is the first document boundary
-in bytes [k*W, (k+1)*W) of the uncompressed file (W = `block_bytes`); if a whole window holds no
-boundary but a line end, the cut is that line end and the document is counted as cut. A worker finds
-the cuts of its block by itself, so a large plain file is read in ranges by many workers; a
-compressed or remote file is read as a stream. Rows (Parquet, CSV, Arrow, hub data sets, Python
-iterables) are grouped until they hold W characters.
+file holds what lies between cut k and the next cut there is, where cut k is the first document
+boundary in window k, bytes [k*W, (k+1)*W) of the uncompressed file (W = `block_bytes`); if a whole
+window holds no boundary but a line end, the cut is that line end and the document is counted as
+cut; without either, the block is empty. A worker finds the cuts of its block by itself, so a large
+plain file is read in ranges by many workers; a compressed or remote file is read as a stream. Rows
+(Parquet, CSV, Arrow, hub data sets, Python iterables) are grouped until they hold W characters.
 
 Line ends are "\n", "\r\n" and "\r", nothing else: U+0085 and U+2028 are text. A line of white space
 is blank.
@@ -17,15 +17,26 @@ import csv
 import io
 import itertools
 import json
+import lzma
+import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from data_tools.errors import UserError
-from data_tools.sources import Format, Policy, Source, is_damage, open_file, open_stream, read_head
+from data_tools.sources import (
+    BadInputError,
+    Format,
+    Policy,
+    Source,
+    is_damage,
+    open_stream,
+    read_head,
+)
 
 Document = str | list[str]
 """Text with a paragraph a line, or a list of sentences."""
@@ -48,6 +59,8 @@ class Block:
     num_bytes: int  # of the source on disk, for progress
     is_cut: bool = False  # begins in the middle of a document
     offset: int = 0  # first byte (uncompressed) or row
+    is_last: bool = False  # of its source
+    counts: Counter[str] = field(default_factory=Counter)  # losses found while reading
 
 
 # --- blocks of lines ------------------------------------------------------------------------------
@@ -58,93 +71,68 @@ def num_windows(source: Source, block_bytes: int) -> int:
     return -(-source.num_bytes // block_bytes)
 
 
-def read_block(
-    source: Source, source_index: int, index: int, block_bytes: int, policy: Policy
-) -> Block:
-    """Block `index` of a seekable source; its payload is empty when no document begins there.
+def line_blocks(
+    source: Source, source_index: int, block_bytes: int, policy: Policy, first: int = 0
+) -> Iterator[Block]:
+    """The blocks of a text or JSON-lines source from number `first` on.
+
+    Args:
+        first: more than 0 only for a seekable source.
 
     Raises:
         UserError: the file is not what it was when the build was planned, or a line is too long.
     """
-    with open_file(source.path) as file:
-        if file.seek(0, io.SEEK_END) != source.num_bytes:
-            raise UserError(f"{source.path}: changed while it was read; start the build again")
-        cut: tuple[int, bool] | None = (0, False)
-        if index:
-            cut = _find_cut(file, index, source, block_bytes)
-        num_bytes = min(block_bytes, source.num_bytes - index * block_bytes)
-        if cut is None:
-            return Block(source_index, index, b"", num_bytes)
-        start, is_cut = cut
-        number, end = index, None
-        while end is None and number + 1 < num_windows(source, block_bytes):
-            number += 1
-            end = _find_cut(file, number, source, block_bytes)
-            if (number + 1) * block_bytes - start > MAX_LINE_BYTES:
-                break
-        stop = end[0] if end else min((number + 1) * block_bytes, source.num_bytes)
-        file.seek(start)
-        payload = file.read(stop - start)
-        if end is None and _is_too_long(source, len(payload), policy):
-            payload = _whole_lines(payload)
-    return Block(source_index, index, payload, num_bytes, is_cut, start)
-
-
-def _find_cut(
-    file: BinaryIO, number: int, source: Source, block_bytes: int
-) -> tuple[int, bool] | None:
-    """What `_cut` finds in a window, as a position in the file; reads no more than it needs."""
-    size = READ_BYTES
-    while True:
-        size = min(size, block_bytes)
-        file.seek(number * block_bytes)
-        window = file.read(size)
-        is_read = len(window) < size or size == block_bytes
-        cut = _cut(window, source.format, len(window) == block_bytes)
-        if is_read and cut is None:
-            return None
-        if cut and (is_read or cut[0] < len(window)):  # "\r" at its end may be half of "\r\n"
-            return number * block_bytes + cut[0], cut[1]
-        size *= 4
-
-
-def stream_blocks(
-    source: Source, source_index: int, block_bytes: int, policy: Policy
-) -> Iterator[Block]:
-    """All blocks of a text or JSON-lines source, read from its beginning to its end."""
+    if source.is_seekable and os.path.getsize(source.path) != source.num_bytes:
+        raise UserError(f"{source.path}: changed while it was read; start the build again")
     payload = bytearray()
     is_cut = is_full = False
-    index = offset = seen = counted = 0
-    for number, (window, raw_bytes, is_damaged) in enumerate(_windows(source, block_bytes, policy)):
+    index = number = first
+    offset = seen = first * block_bytes
+    counted = raw_bytes = 0
+
+    def gathered(stop: int, num_bytes: int, *, is_end: bool = False) -> Iterator[Block]:
+        """What was gathered as block `index`, and empty blocks up to number `stop`."""
+        is_last = is_end and stop == index + 1
+        yield Block(source_index, index, bytes(payload), num_bytes, is_cut, offset, is_last)
+        for k in range(index + 1, stop):
+            yield Block(source_index, k, b"", 0, is_last=is_end and k == stop - 1)
+
+    windows = _windows(source, block_bytes, policy, first)
+    for number, (window, raw_bytes, is_damaged) in enumerate(windows, first):
         cut: tuple[int, bool] | None = (0, False)
         if number:
             cut = _cut(window, source.format, len(window) == block_bytes)
+        if number > first:
             if not is_full:
                 payload += window if cut is None else window[: cut[0]]
-        if cut is None:
-            if not is_full and _is_too_long(source, len(payload), policy):
-                is_full, payload = True, bytearray(_whole_lines(payload))
-        else:
-            if number:
-                num_bytes = raw_bytes - counted
-                yield Block(source_index, index, bytes(payload), num_bytes, is_cut, offset)
+            if cut is None and not is_full and _is_too_long(source, len(payload), policy):
+                is_full, payload = True, _whole_lines(payload)
+        elif cut is None:  # nothing begins here
+            is_last = number + 1 == num_windows(source, block_bytes)
+            yield Block(source_index, number, b"", 0, is_last=is_last)
+            return
+        if cut is not None:
+            if number > first:
+                yield from gathered(number, raw_bytes - counted)
                 counted = raw_bytes
             index, offset, is_cut, is_full = number, seen + cut[0], cut[1], False
             payload = bytearray(window[cut[0] :])
         seen += len(window)
         if is_damaged:  # then this window is the last
-            payload = bytearray(_whole_lines(payload))
+            payload = _whole_lines(payload)
     rest = max(source.num_bytes - counted, 0)
-    yield Block(source_index, index, bytes(payload), rest, is_cut, offset)
+    yield from gathered(number + 1, rest, is_end=True)
 
 
 def _windows(
-    source: Source, window_bytes: int, policy: Policy
+    source: Source, window_bytes: int, policy: Policy, first: int
 ) -> Iterator[tuple[bytes, int, bool]]:
     """Windows of a stream, the raw bytes read so far, and whether damage ends the stream."""
-    total = 0
+    total = first * window_bytes
     is_ended = is_damaged = False
     with open_stream(source) as (stream, raw):
+        if first:
+            stream.seek(total)
         while not is_ended:
             window = bytearray()
             while len(window) < window_bytes and not is_ended:
@@ -191,8 +179,8 @@ def _is_too_long(source: Source, num_bytes: int, policy: Policy) -> bool:
     return True
 
 
-def _whole_lines(payload: bytes | bytearray) -> bytes:
-    return bytes(payload[: max(payload.rfind(b"\n"), payload.rfind(b"\r")) + 1])
+def _whole_lines(payload: bytearray) -> bytearray:
+    return payload[: max(payload.rfind(b"\n"), payload.rfind(b"\r")) + 1]
 
 
 # --- blocks of rows -------------------------------------------------------------------------------
@@ -208,14 +196,15 @@ def row_blocks(
         num_bytes: raw size of the source.
     """
     batch: list[Any] = []
-    size = index = first = counted = seen = 0
+    size = index = first = counted = 0
     for number, (document, seen) in enumerate(rows):
         batch.append(document)
         size += _size_of(document)
         if size >= block_bytes:
             yield Block(source_index, index, batch, seen - counted, offset=first)
             batch, size, index, first, counted = [], 0, index + 1, number + 1, seen
-    yield Block(source_index, index, batch, max(num_bytes - counted, 0), offset=first)
+    rest = max(num_bytes - counted, 0)
+    yield Block(source_index, index, batch, rest, offset=first, is_last=True)
 
 
 def _size_of(document: Any) -> int:
@@ -267,10 +256,7 @@ def _batches_of(source: Source, text_field: str) -> Iterator[list[Any]]:
         table = table.select_columns(text_field)
     for batch in table.iter(ROWS_AT_ONCE):
         if text_field not in batch:
-            raise UserError(
-                f"{source.path}: no column {text_field!r}; it has {', '.join(batch)}: give "
-                f"--text-field"
-            )
+            raise UserError(_no_column(source, text_field, batch))
         yield batch[text_field]
 
 
@@ -281,7 +267,7 @@ def _read_csv(source: Source, text_field: str, policy: Policy) -> Iterator[tuple
         # Bad bytes are found, and named or counted, with the document they stand in.
         text = io.TextIOWrapper(stream, "utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.reader(text, delimiter=delimiter, strict=True)
-        header: list[str] | None = None
+        column: int | None = None
         while True:
             where = f"{source.path}, line {reader.line_num + 1}"
             try:
@@ -289,24 +275,25 @@ def _read_csv(source: Source, text_field: str, policy: Policy) -> Iterator[tuple
             except StopIteration:
                 return
             except csv.Error as error:
-                policy.bad("documents_bad_csv", f"{where}: {error}; mend the quotes")
                 policy.counts["documents_read"] += 1
+                policy.bad("documents_bad_csv", f"{where}: {error}; mend the quotes")
                 continue
-            except Exception as error:
+            except (OSError, EOFError, lzma.LZMAError) as error:
                 if not is_damage(error):
                     raise OSError(f"{where}: reading failed ({error})") from error
                 policy.bad("sources_truncated", f"{where}: damaged or truncated ({error})")
                 return
-            if header is None:
-                header = row
-                if text_field not in header:
-                    raise UserError(
-                        f"{source.path}: no column {text_field!r} in the header line; it has "
-                        f"{', '.join(header[:20])}: give --text-field"
-                    )
-                column = header.index(text_field)
+            if column is None:
+                if text_field not in row:
+                    raise UserError(_no_column(source, text_field, row))
+                column = row.index(text_field)
             elif row:
                 yield (row[column] if column < len(row) else None), raw.tell()
+
+
+def _no_column(source: Source, text_field: str, columns: Iterable[str]) -> str:
+    found = ", ".join(itertools.islice(columns, 20))
+    return f"{source.path}: no column {text_field!r}; it has {found}: give --text-field"
 
 
 # --- documents of a block -------------------------------------------------------------------------
@@ -317,8 +304,12 @@ def clean_lines(block: Block, source: Source, policy: Policy) -> bytes:
     data = _without_mark(block, policy)
     if b"\r" in data:
         data = data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-    if b"\0" not in data and _is_utf8(data):
-        return data
+    if b"\0" not in data:
+        try:
+            data.decode()
+            return data
+        except UnicodeDecodeError:
+            pass
     good = []
     numbered = enumerate(data.split(b"\n"))
     for is_blank, group in itertools.groupby(numbered, key=lambda pair: not pair[1].strip()):
@@ -337,18 +328,6 @@ def _without_mark(block: Block, policy: Policy) -> bytes:
         return data
     policy.counts["byte_order_marks_removed"] += 1
     return data[len(codecs.BOM_UTF8) :]
-
-
-def _is_utf8(data: bytes) -> bool:
-    """By pieces: one rare character would make the whole decoded text four times as large."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    try:
-        for at in range(0, len(data), READ_BYTES):
-            decoder.decode(data[at : at + READ_BYTES])
-        decoder.decode(b"", final=True)
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _is_good(line: bytes, number: int, block: Block, source: Source, policy: Policy) -> bool:
@@ -395,19 +374,19 @@ def documents_of(
                 policy.counts["documents_read"] += 1
                 yield b"\n".join(group).decode()
         return
-    values: Iterable[tuple[int, Any]]
-    if isinstance(block.payload, list):
-        values = enumerate(block.payload)
-    else:
-        values = _json_values(block, source, text_field, policy)
-    for number, value in values:
+    rows = block.payload or []
+    if isinstance(rows, bytes):
+        rows = _without_mark(block, policy).splitlines()  # bytes: splits at \n, \r\n, \r only
+    for number, row in enumerate(rows):
+        if isinstance(row, bytes) and (not row or row.isspace()):
+            continue
         policy.counts["documents_read"] += 1
-        problem = _problem(value, text_field)
-        if problem is None:
-            yield value
+        try:
+            document = _checked(_json_value(row, text_field), text_field)
+        except BadInputError as error:
+            policy.bad(error.kind, partial(_located, source, block, number, str(error)))
         else:
-            kind, message = problem
-            policy.bad(kind, partial(_located, source, block, number, message))
+            yield document
 
 
 def is_blank(line: bytes) -> bool:
@@ -415,62 +394,42 @@ def is_blank(line: bytes) -> bool:
     return not line.strip() or (not line.isascii() and not line.decode().strip())
 
 
-_MISSING = object()
+def _json_value(row: Any, text_field: str) -> Any:
+    """What stands in the text field of a line of JSON; other rows are values already."""
+    if not isinstance(row, bytes):
+        return row
+    try:
+        value = json.loads(row)
+    except (UnicodeDecodeError, RecursionError, ValueError) as error:
+        is_utf8 = not isinstance(error, UnicodeDecodeError)
+        kind = "documents_bad_json" if is_utf8 else "documents_invalid_utf8"
+        shown = row[:60].decode(errors="backslashreplace")
+        raise BadInputError(kind, f"not JSON ({error}): {shown}...; mend the line") from error
+    if isinstance(value, dict):
+        return value.get(text_field)
+    found = f"{type(value).__name__} instead of an object"
+    message = f'{found}; expected {{"{text_field}": "..."}} on each line'
+    raise BadInputError("documents_bad_json", message)
 
 
-@dataclass(frozen=True)
-class _BadLine:
-    """Stands for a line of JSON lines without a document."""
-
-    kind: str
-    message: str
-
-
-def _problem(value: Any, text_field: str) -> tuple[str, str] | None:
-    """(kind, message) if a value is no document."""
-    if isinstance(value, str):
-        texts = [value]
-    elif isinstance(value, list) and all(isinstance(part, str) for part in value):
-        texts = value
-    elif isinstance(value, _BadLine):
-        return value.kind, value.message
-    elif value is None or value is _MISSING:
+def _checked(value: Any, text_field: str) -> Document:
+    """The value, if it is a document; raises BadInputError."""
+    if value is None:
         hint = "name the field with --text-field or mend the line"
-        return "documents_missing_text", f"no text in the field {text_field!r}; {hint}"
-    else:
-        shown = repr(value)[:80]
-        message = f"the field {text_field!r} holds {type(value).__name__} {shown}, not text"
-        return "documents_text_not_string", f"{message}; mend the line"
-    for text in texts:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            found = repr(text[error.start])
-            return "documents_invalid_unicode", f"{found} is no character; mend the line"
-    return None
-
-
-def _json_values(
-    block: Block, source: Source, text_field: str, policy: Policy
-) -> Iterator[tuple[int, Any]]:
-    lines = _without_mark(block, policy).splitlines()  # bytes: splits at \n, \r\n, \r only
-    for number, line in enumerate(lines):
-        if not line or line.isspace():
-            continue
-        try:
-            value = json.loads(line)
-        except (UnicodeDecodeError, RecursionError, ValueError) as error:
-            is_utf8 = not isinstance(error, UnicodeDecodeError)
-            kind = "documents_bad_json" if is_utf8 else "documents_invalid_utf8"
-            shown = line[:60].decode(errors="backslashreplace")
-            yield number, _BadLine(kind, f"not JSON ({error}): {shown}...; mend the line")
-            continue
-        if isinstance(value, dict):
-            yield number, value.get(text_field, _MISSING)
-        else:
-            found = f"{type(value).__name__} instead of an object"
-            message = f'{found}; expected {{"{text_field}": "..."}} on each line'
-            yield number, _BadLine("documents_bad_json", message)
+        message = f"no text in the field {text_field!r}; {hint}"
+        raise BadInputError("documents_missing_text", message)
+    texts = value if isinstance(value, list) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        shown = f"{type(value).__name__} {repr(value)[:80]}"
+        message = f"the field {text_field!r} holds {shown}, not text; mend the line"
+        raise BadInputError("documents_text_not_string", message)
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError as error:
+        found = repr(error.object[error.start])
+        message = f"{found} is no character; mend the line"
+        raise BadInputError("documents_invalid_unicode", message) from error
+    return value
 
 
 def looks_presplit(source: Source, split: Callable[[str], list[str]]) -> bool:

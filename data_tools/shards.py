@@ -151,8 +151,21 @@ class Shard:
 
     def sentence(self, index: int) -> np.ndarray:
         """Token ids of one sentence."""
-        start = int(self.sentence_offsets[index]) // self.dtype.itemsize
+        start = self.token_start(index)
         return self.tokens[start : start + int(self.sentence_lengths[index])]
+
+    def documents(self, first: int, last: int) -> Run:
+        """Documents [first, last)."""
+        start, stop = (int(self.document_index[document]) for document in (first, last))
+        tokens = slice(*(self.token_start(sentence) for sentence in (start, stop)))
+        lengths = self.sentence_lengths[start:stop]
+        return self.tokens[tokens], lengths, np.diff(self.document_index[first : last + 1])
+
+    def token_start(self, sentence: int) -> int:
+        """Where a sentence begins in `tokens`; their number for the sentence after the last."""
+        if sentence == self.num_sentences:
+            return len(self.tokens)
+        return int(self.sentence_offsets[sentence]) // self.dtype.itemsize
 
     def check_structure(self) -> None:
         """Check every length, offset and document bound; raises UserError naming the damage."""

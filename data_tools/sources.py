@@ -8,12 +8,14 @@ import glob
 import logging
 import lzma
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import BinaryIO, Literal, cast
+
+import fsspec
 
 from data_tools.errors import UserError
 
@@ -137,35 +139,25 @@ def find_sources(inputs: Iterable[str], format: Format, policy: Policy) -> list[
 
 
 def _expand(given: str) -> tuple[list[str], bool]:
-    """The files an input stands for, and whether it names a single one."""
-    if "://" in given:
-        return _expand_url(given)
-    path = Path(given)
-    if path.is_dir():
-        hidden = (p.relative_to(path).parts for p in path.rglob("*") if p.is_file())
-        files = [path.joinpath(*p) for p in hidden if not any(n.startswith(".") for n in p)]
-        if not files:
-            raise UserError(f"{given}: the directory holds no files")
-        return [str(p) for p in sorted(files)], False
-    if path.exists():
-        return [given], True
-    matches = glob.glob(given, recursive=True) if glob.has_magic(given) else []
-    if not any(os.path.isfile(m) for m in matches):
-        raise UserError(f"{given}: no such file or directory")
-    return sorted(m for m in matches if os.path.isfile(m)), False
-
-
-def _expand_url(given: str) -> tuple[list[str], bool]:
-    import fsspec
-
+    """The files an input stands for, sorted, and whether it names a single one."""
     with _as_user_error(given):
         filesystem, path = fsspec.core.url_to_fs(given)
-        if not glob.has_magic(path) or filesystem.exists(path):
+        try:
+            kind = filesystem.info(path)["type"]
+        except FileNotFoundError:
+            kind = "pattern" if glob.has_magic(path) else "nothing"
+        if kind == "file":
             return [given], True
-        matches = filesystem.glob(path)
-    if not matches:
-        raise UserError(f"{given}: nothing matches")
-    return [filesystem.unstrip_protocol(match) for match in sorted(matches)], False
+        found = filesystem.find(path) if kind == "directory" else []
+        if kind == "pattern":
+            found = [match for match in filesystem.glob(path) if filesystem.isfile(match)]
+    if kind == "directory" and not found:
+        raise UserError(f"{given}: the directory holds no files")
+    root = path if kind == "directory" else re.split("[*?[]", path)[0]
+    files = sorted(file for file in found if "/." not in "/" + file.removeprefix(root))
+    if not files:
+        raise UserError(f"{given}: no such file or directory")
+    return [filesystem.unstrip_protocol(f) if "://" in given else f for f in files], False
 
 
 @contextmanager
@@ -192,65 +184,56 @@ def _kind_of(path: str, format: Format, *, is_named: bool) -> Format | None:
 def _examine(path: str, format: Format, policy: Policy) -> Source | None:
     """The source at `path`, or None if it is bad (and counted)."""
     compression = COMPRESSIONS.get(os.path.splitext(path)[1], "")
-    if "://" in path:
-        import fsspec
-
-        with _as_user_error(path):
+    size = modified = 0
+    with open_raw(path) as file:
+        if "://" in path:
             size = fsspec.open(path).fs.info(path).get("size") or 0
-        return Source(path, format, size, 0, compression)
-    status = os.stat(path)
-    source = Source(path, format, status.st_size, status.st_mtime_ns, compression)
-    with open_file(path) as file:
+        else:
+            status = os.stat(path)
+            size, modified = status.st_size, status.st_mtime_ns
         head = file.read(HEAD_BYTES)
+    source = Source(path, format, size, modified, compression)
+    fault = _fault_of(source, head)
+    if fault:
+        kind, message = fault
+        policy.bad(kind, f"{path}: {message}")
+    return None if fault else source
+
+
+def _fault_of(source: Source, head: bytes) -> tuple[str, str] | None:
+    """What is wrong with a file that begins with `head`: (kind, message)."""
     if not head:
-        policy.bad("sources_empty", f"{path}: is empty; remove it from the inputs")
+        return "sources_empty", "is empty; remove it from the inputs"
+    if source.format not in (*TEXT_FORMATS, "csv"):
         return None
-    if format not in (*TEXT_FORMATS, "csv"):
-        return source
+    named = source.compression
     actual = next((name for name, magic in MAGICS.items() if head.startswith(magic)), "")
-    if actual != compression:
-        expected = f"named like {compression}" if compression else "not named as compressed"
-        content = f"{actual} data" if actual else f"no {compression} data (begins {head[:8]!r})"
-        policy.bad(
-            "sources_misnamed",
-            f"{path}: {expected} but holds {content}; rename the file to what it is",
-        )
-        return None
+    if actual != named:
+        expected = f"named like {named}" if named else "not named as compressed"
+        content = f"{actual} data" if actual else f"no {named} data (begins {head[:8]!r})"
+        return "sources_misnamed", f"{expected} but holds {content}; rename the file to what it is"
     head, is_whole = read_head(source, HEAD_BYTES)
     if is_whole and not head.strip():
-        policy.bad("sources_empty", f"{path}: holds only white space; remove it from the inputs")
-        return None
+        return "sources_empty", "holds only white space; remove it from the inputs"
     if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-        policy.bad(
-            "sources_utf16",
-            f"{path}: UTF-16 (byte order mark {head[:2].hex()}); UTF-8 is expected: convert it "
-            f"with `iconv -f UTF-16 -t UTF-8`",
-        )
-        return None
-    return source
+        message = f"UTF-16 (byte order mark {head[:2].hex()}); UTF-8 is expected: convert it with"
+        return "sources_utf16", f"{message} `iconv -f UTF-16 -t UTF-8`"
+    return None
 
 
 # --- streams --------------------------------------------------------------------------------------
 
 
-def open_file(path: str) -> BinaryIO:
-    """Open a file for reading; raises UserError if that is impossible."""
-    try:
-        return open(path, "rb")
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from error
+def open_raw(path: str) -> BinaryIO:
+    """Open a file or URL for reading; raises UserError if that is impossible."""
+    with _as_user_error(path):
+        return cast(BinaryIO, fsspec.open(path, "rb").open() if "://" in path else open(path, "rb"))
 
 
 @contextmanager
 def open_stream(source: Source) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """(uncompressed stream, raw stream) of a file or URL."""
-    if "://" in source.path:
-        import fsspec
-
-        with _as_user_error(source.path):
-            raw = cast(BinaryIO, fsspec.open(source.path, "rb").open())
-    else:
-        raw = open_file(source.path)
+    raw = open_raw(source.path)
     with raw:
         if not source.compression:
             yield raw, raw

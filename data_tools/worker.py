@@ -1,22 +1,29 @@
 """One block of text becomes one part: documents, sentences, ids, counts."""
 
 import itertools
+import json
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
+from numba import njit
 
 from data_tools import readers
-from data_tools.hashing import derive_key
-from data_tools.parts import Part, make_part, write_part
-from data_tools.plan import Plan, part_path, stream
+from data_tools.files import write_text
+from data_tools.hashing import derive_key, hash_keys
+from data_tools.plan import Plan, part_prefix, stream
 from data_tools.readers import Block
 from data_tools.sentences import make_splitter
-from data_tools.shards import TOKENIZER
+from data_tools.shards import TOKENIZER, Run, write_shard
 from data_tools.sources import Policy, Source
 from data_tools.tokenizer import load_tokenizer
 
 CHECKED_LINES = 32  # of each block, compared with `tokenizers`
+
+
+def keys_of(seed: int, source_index: int, block: int, num_documents: int) -> np.ndarray:
+    """uint64[n]: what decides the place of a block's documents when they are shuffled."""
+    return hash_keys(derive_key(seed, source_index, block), num_documents)
 
 
 class BlockWorker:
@@ -33,8 +40,8 @@ class BlockWorker:
         if isinstance(task, Block):
             return task.num_bytes, self._run_block(task)
         num_bytes, counts = 0, Counter[str]()
-        for block in stream(self.plan, self.work, task):
-            if not part_path(self.work, task, block.index).exists():
+        for block in stream(self.plan, task):
+            if not part_prefix(self.work, task, block.index).with_suffix(".json").exists():
                 num_bytes += block.num_bytes
                 counts += self._run_block(block)
         return num_bytes, counts
@@ -44,15 +51,24 @@ class BlockWorker:
         source = self.plan.sources[block.source_index]
         policy = Policy(options.on_error, Counter())
         if block.payload is None:
-            block = readers.read_block(
-                source, block.source_index, block.index, options.block_bytes, policy
+            blocks = readers.line_blocks(
+                source, block.source_index, options.block_bytes, policy, block.index
             )
-        part = self._make_part(block, source, policy)
-        write_part(part_path(self.work, block.source_index, block.index), part)
-        return part.counts
+            block = next(blocks)
+        policy.counts += block.counts
+        run = self._documents(block, source, policy)
+        if options.shuffle_seed is not None:
+            run = _ordered(
+                run, keys_of(options.shuffle_seed, block.source_index, block.index, len(run[2]))
+            )
+        prefix = part_prefix(self.work, block.source_index, block.index)
+        write_shard(prefix, [run], self.tokenizer.dtype)
+        content = {"counts": +policy.counts, "is_last": block.is_last}  # counts without zeros
+        write_text(prefix.with_suffix(".json"), json.dumps(content, sort_keys=True))
+        return policy.counts
 
-    def _make_part(self, block: Block, source: Source, policy: Policy) -> Part:
-        options, counts = self.plan.options, policy.counts
+    def _documents(self, block: Block, source: Source, policy: Policy) -> Run:
+        counts = policy.counts
         counts["documents_cut"] += bool(block.is_cut and block.payload)
         if source.format == "sentences":
             text = readers.clean_lines(block, source, policy)
@@ -73,11 +89,7 @@ class BlockWorker:
         counts["sentences"] += len(lengths)
         counts["tokens"] += len(tokens)
         counts["text_bytes"] += len(text)
-        key = None
-        if options.shuffle_seed is not None:
-            key = int(derive_key(options.shuffle_seed, block.source_index, block.index))
-        counts = +counts  # without zeros
-        return make_part(tokens, lengths, document_sentences, counts, key)
+        return tokens, lengths, document_sentences
 
     def _encode(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
         tokens, lengths = self.tokenizer.encode_lines(text)
@@ -168,3 +180,30 @@ def _filled_lines(lengths: np.ndarray, lines: np.ndarray) -> np.ndarray:
     totals = np.append(0, np.cumsum(lengths > 0, dtype=np.int64))
     ends = np.cumsum(lines, dtype=np.int64)
     return totals[ends] - totals[ends - lines]
+
+
+def _ordered(run: Run, keys: np.ndarray) -> Run:
+    """The documents in the order of their keys."""
+    tokens, lengths, sentences = run
+    order = np.argsort(keys, kind="stable")
+    sentence_ends = np.cumsum(sentences, dtype=np.int64)
+    token_ends = np.append(0, np.cumsum(lengths, dtype=np.int64))[sentence_ends]
+    return (
+        _gather_runs(tokens, token_ends, order),
+        _gather_runs(lengths, sentence_ends, order),
+        sentences[order],
+    )
+
+
+@njit(cache=True, nogil=True)
+def _gather_runs(values, ends, order):
+    """Runs of `values` (run r ends before ends[r]) in a new order, back to back."""
+    result = np.empty_like(values)
+    target = 0
+    for run in order:
+        source = ends[run - 1] if run else 0
+        while source < ends[run]:
+            result[target] = values[source]
+            source += 1
+            target += 1
+    return result

@@ -120,7 +120,7 @@ def test_ranks_share_the_work(
     for rank in range(2):
         output = tmp_path / f"rank{rank}"
         build(inputs, output, tokenizer, "tiny", SMALL, rank=rank, world_size=2)
-        done.append({path.name for path in (output / ".build").glob("part_*")})
+        done.append({path.name for path in (output / ".build").glob("part_*.json")})
     assert not done[0] & done[1]
     assert min(map(len, done)) >= 0.3 * max(map(len, done))
 
@@ -255,8 +255,8 @@ def test_what_is_done_is_not_done_again(
     arguments: tuple[Any, ...] = (inputs, output, tokenizer, "tiny", SMALL)
     build(*arguments, rank=0, world_size=2)
     build(*arguments, rank=1, world_size=2)
-    monkeypatch.setattr("data_tools.worker.BlockWorker._make_part", None)
-    monkeypatch.setattr("data_tools.readers.stream_blocks", None)
+    monkeypatch.setattr("data_tools.worker.BlockWorker._documents", None)
+    monkeypatch.setattr("data_tools.readers.line_blocks", None)
     monkeypatch.setattr("data_tools.readers.read_rows", None)
     build(*arguments)
     monkeypatch.setattr("data_tools.build.finish", None)
@@ -330,7 +330,7 @@ def test_a_killed_command_leaves_no_process_and_continues(
 def wait_for_parts(output: Path, count: int) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        if len(list(output.glob(".build/part_*"))) >= count or (output / "manifest.json").exists():
+        if len(list(output.glob(".build/part_*.json"))) >= count or (output / "manifest.json").exists():
             return
         time.sleep(0.01)
     raise AssertionError("no parts were written")
@@ -366,7 +366,7 @@ def test_a_build_stopped_by_bad_input_continues_with_skip_to_the_same_bytes(
     arguments: tuple[Any, ...] = ([str(path)], tmp_path / "out", tokenizer, "tiny")
     with pytest.raises(UserError, match="line 201: not JSON"):
         build(*arguments, SMALL)
-    assert list((tmp_path / "out" / ".build").glob("part_*"))
+    assert list((tmp_path / "out" / ".build").glob("part_*.json"))
     skipping = replace(SMALL, on_error="skip")
     build(*arguments, skipping)
     build([str(path)], tmp_path / "whole", tokenizer, "tiny", skipping)
@@ -760,7 +760,7 @@ def test_inputs_over_http(tiny_tokenizer: Path, tmp_path: Path) -> None:
         common = ("--output", tmp_path / "out", "--tokenizer", tiny_tokenizer)
         missing = shard(f"{url}/b.txt", *common)
         assert missing.exit_code == 2
-        assert "b.txt: cannot be opened" in missing.stderr
+        assert "b.txt: no such file or directory" in missing.stderr
         found = shard(f"{url}/a.txt.gz", *common)
         assert found.exit_code == 0, found.output
         assert "30 documents" in found.stdout
