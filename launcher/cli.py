@@ -26,6 +26,9 @@ class Commands(TyperGroup):
     """What a command returns is its exit code; a UserError becomes one line and exit code 2."""
 
     def invoke(self, ctx: Any) -> None:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+        for name in ("httpx", "datasets", "fsspec", "numba"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         try:
             code = super().invoke(ctx)
         except UserError as error:
@@ -55,12 +58,6 @@ Overrides = Annotated[Strings, Argument(metavar="[section.key=value]...", help="
 AsJson = Annotated[bool, Option("--json", help="one JSON document on stdout")]
 DryRun = Annotated[bool, Option("--dry-run", help="show and check, start nothing")]
 GpuMemory = Annotated[float | None, Option(min=0.1, help="of one GPU; must suffice")]
-
-
-def _log_to_stderr() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-    for name in ("httpx", "datasets", "fsspec", "numba"):
-        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 # --- data -----------------------------------------------------------------------------------------
@@ -98,7 +95,6 @@ def shard(
     ] = None,
 ) -> None:
     """Turn text into tokenized shards with sentence and document indices."""
-    _log_to_stderr()
     from data_tools.adopt import adopt as write_manifest_for
     from data_tools.build import BuildOptions, build
     from data_tools.inspect import summarize
@@ -154,7 +150,6 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """Statistics of a corpus, and example pairs with their masks."""
-    _log_to_stderr()
     from bert_cpt.examples import example_pairs
     from data_tools.inspect import render, statistics
     from data_tools.shards import open_shards
@@ -167,7 +162,6 @@ def inspect(
 @app.command()
 def verify(directory: Annotated[Path, Argument(help="shards")]) -> int:
     """Check hashes, structure and token ids of shards; exit code 1 if anything is damaged."""
-    _log_to_stderr()
     from data_tools.inspect import verify as find_damage
 
     damage = find_damage(directory)
@@ -193,7 +187,6 @@ def train(
     nproc: Annotated[int, Option(min=0, help="ranks here; 0: one a GPU, or one")] = 0,
     hostfile: Annotated[Path | None, Option(help="train on hosts: NAME slots=RANKS")] = None,
     master_addr: Annotated[str | None, Option(help="of the first host, for the others")] = None,
-    forward: Annotated[Strings, Option(help="environment variable for the hosts")] = None,
     dry_run: DryRun = False,
 ) -> int:
     """Train as configured, or go on where the run directory left off."""
@@ -202,7 +195,7 @@ def train(
         from launcher.hosts import read_hostfile, run_on_hosts
 
         if not dry_run:
-            return run_on_hosts(loaded, hostfile, master_addr=master_addr, forward=forward or [])
+            return run_on_hosts(loaded, hostfile, master_addr)
         nproc = sum(read_hostfile(hostfile).values())
     if not nproc:
         import torch
@@ -293,7 +286,6 @@ def evaluate(
     json_file: Annotated[Path | None, Option("--json", help="write the figures here")] = None,
 ) -> None:
     """Held-out MLM loss, perplexity and accuracy, and NSP accuracy."""
-    _log_to_stderr()
     from bert_cpt.evaluate import evaluate_checkpoint, evaluation_table
     from bert_cpt.export import resolve_checkpoint
     from data_tools.files import write_text
@@ -324,7 +316,6 @@ def export(
     ] = "pretraining",
 ) -> None:
     """Write a plain Hugging Face model, checked by loading it."""
-    _log_to_stderr()
     from bert_cpt.export import export as write
 
     print(f"{output}: loads with {', '.join(write(checkpoint, output, kind))}")
@@ -337,16 +328,10 @@ def demo(
     ),
 ) -> int:
     """The whole path in five minutes on a CPU: shard, train, evaluate, export."""
-    _log_to_stderr()
     from launcher.demo import run_demo
 
     return run_demo(output)
 
 
-def main() -> None:
-    """Entry point of the console script."""
-    app()
-
-
 if __name__ == "__main__":
-    main()
+    app()

@@ -112,14 +112,11 @@ def read_deepspeed_env(directories: Iterable[Path]) -> dict[str, str]:
     return result
 
 
-def run_on_hosts(
-    config: Config, hostfile: Path, *, master_addr: str | None = None, forward: Iterable[str] = ()
-) -> int:
+def run_on_hosts(config: Config, hostfile: Path, master_addr: str | None = None) -> int:
     """Train on the hosts of a hostfile; returns the exit code of the run.
 
     Args:
         master_addr: address of the first host for the others; None: what it calls its first one.
-        forward: names of further environment variables for the ranks.
 
     Raises:
         UserError: a bad hostfile, a host that cannot be used, pdsh missing.
@@ -138,7 +135,7 @@ def run_on_hosts(
     check_hosts(hosts, resolved)
     launch = secrets.token_hex(8)
     own = read_deepspeed_env([Path.home(), Path.cwd()])
-    values, left_out = forwarded({**own, **os.environ, LAUNCH_ID: launch}, {*forward, *own})
+    values, left_out = forwarded({**own, **os.environ, LAUNCH_ID: launch}, own)
     for name in left_out:
         print(f"not forwarded: {name}", file=sys.stderr)
     with tempfile.NamedTemporaryFile("w", prefix="deepspeed_env_") as file:  # mode 0600

@@ -79,21 +79,20 @@ def count_parameters(config: Config, bert_config: BertConfig) -> Parameters:
 
 
 def state_bytes(
-    parameters: Parameters, *, stage: int, precision: str, world_size: int
-) -> tuple[int, int, int]:
-    """Bytes of (weights, gradients, optimizer) on the device of one rank."""
-    size, (total, trained, small) = BYTES[precision], parameters
-    if stage == 0:
-        return 4 * total, 4 * trained, 8 * trained
-    weights = size * total if stage < 3 else size * (total // world_size + small)
-    gradients = size * trained if stage == 1 else size * trained // world_size
-    return weights, gradients, 12 * trained // world_size
+    parameters: Parameters, *, stage: int, precision: str, num_ranks: int, num_micro_batches: int
+) -> tuple[int, int, int, int]:
+    """The table above: bytes of weights, gradients and optimizer, and those sent in a step."""
+    size, n, (total, trained, small) = BYTES[precision], num_ranks, parameters
+    weights = (4 * total, size * total, size * total, size * (total // n + small))
+    gradients = (4 * trained, size * trained, size * trained // n, size * trained // n)
+    optimizer = (8 * trained, *[12 * trained // n] * 3)
+    times = (2, 3, 2 * num_micro_batches + 1, 2 * num_micro_batches)
+    sent = times[stage] * size * trained * (n - 1) // n
+    return weights[stage], gradients[stage], optimizer[stage], sent
 
 
-def activation_bytes(
-    config: Config, bert: BertConfig, *, num_tokens: int, num_samples: int, precision: str
-) -> int:
-    """Bytes that a forward pass keeps for the backward pass, and the largest temporaries."""
+def activation_bytes(config: Config, bert: BertConfig, num_tokens: int, precision: str) -> int:
+    """Bytes that a forward pass keeps of a sample, and the largest temporaries."""
     size = BYTES[precision]
     hidden, inner = bert.hidden_size, bert.intermediate_size
     dropout = config.model.hidden_dropout
@@ -110,15 +109,7 @@ def activation_bytes(
     # logits, the same in fp32, their softmax, its gradient
     logits = bert.vocab_size * (8 if precision == "fp32" else 10)
     head = share * (logits + 4 * size * hidden)
-    return int(num_tokens * (encoder + rest + head)) + 4 * size * hidden * num_samples
-
-
-def sent_bytes(
-    parameters: Parameters, *, stage: int, precision: str, world_size: int, num_micro_batches: int
-) -> int:
-    """Bytes that one rank sends in an optimizer step."""
-    times = (2, 3, 2 * num_micro_batches + 1, 2 * num_micro_batches)[stage]
-    return times * BYTES[precision] * parameters.trained * (world_size - 1) // world_size
+    return int(num_tokens * (encoder + rest + head)) + 4 * size * hidden
 
 
 def profile_samples(
@@ -181,10 +172,8 @@ class Plan:
             device="cuda", has_bf16=True, has_fp16=True,
         )  # fmt: skip
         half = "fp16" if self.ds_config.precision == "fp16" else "bf16"
-        self.choices = [
-            *(self._choice(stage, "fp32") for stage in range(4)),
-            *(self._choice(stage, half) for stage in range(1, 4)),
-        ]
+        fp32 = [self._choice(stage, "fp32") for stage in range(4)]
+        self.choices = fp32 + [self._choice(stage, half) for stage in range(1, 4)]
         own = (self.ds_config.stage, self.ds_config.precision)
         self.configured = next(choice for choice in self.choices if choice[:2] == own)
 
@@ -211,36 +200,28 @@ class Plan:
 
     def _choice(self, stage: int, precision: str) -> Choice:
         zero, phase = self.ds_config.content["zero_optimization"], self.largest
-        kind: Any = {"stage": stage, "precision": precision, "world_size": self.num_gpus}
-        weights, gradients, optimizer = state_bytes(self.parameters, **kind)
+        share = phase.train_batch_size // self.num_gpus
+        weights, gradients, optimizer, sent = state_bytes(
+            self.parameters, stage=stage, precision=precision, num_ranks=self.num_gpus,
+            num_micro_batches=share // phase.micro_batch_size,
+        )  # fmt: skip
         if self.ds_config.offloads_optimizer and stage:
             optimizer = 0
         num_buffers = 2 if zero.get("overlap_comm", False) and stage in (1, 2) else min(1, stage)
         bucket = int(zero.get("reduce_bucket_size", BUCKET_ELEMENTS))
         buffers = num_buffers * bucket * BYTES[precision]
-        taken = weights + gradients + optimizer + buffers + RESERVED_BYTES
-        activations = self._activations(phase.micro_batch_size, precision)
-        accumulation = phase.train_batch_size // (phase.micro_batch_size * self.num_gpus)
-        sent = sent_bytes(self.parameters, num_micro_batches=accumulation, **kind)
+        fixed = weights + gradients + optimizer + buffers + RESERVED_BYTES
+        # The worst case: all samples are full.
+        sample = activation_bytes(self.config, self.bert, phase.sequence_length, precision)
+        largest = None
+        if self.memory_bytes is not None:
+            most = min(share, (self.memory_bytes - fixed) // sample)
+            largest = next((n for n in range(most, 0, -1) if share % n == 0), 0)
+        own = phase.micro_batch_size * sample
         return Choice(
-            stage, precision, weights, gradients, optimizer, buffers, activations,
-            taken + activations, sent, self._largest_micro_batch(taken, precision),
+            stage, precision, weights, gradients, optimizer, buffers, own, own + fixed,
+            sent, largest,
         )  # fmt: skip
-
-    def _activations(self, micro_batch: int, precision: str) -> int:
-        num_tokens = micro_batch * self.largest.sequence_length  # the worst case: all samples full
-        return activation_bytes(
-            self.config, self.bert,
-            num_tokens=num_tokens, num_samples=micro_batch, precision=precision,
-        )  # fmt: skip
-
-    def _largest_micro_batch(self, taken: int, precision: str) -> int | None:
-        if self.memory_bytes is None:
-            return None
-        room = self.memory_bytes - taken
-        share = self.largest.train_batch_size // self.num_gpus
-        fitting = (n for n in range(share, 0, -1) if share % n == 0)
-        return next((n for n in fitting if self._activations(n, precision) <= room), 0)
 
     def check_fits(self) -> None:
         """Raise UserError if the configured run does not fit the stated memory."""
@@ -283,6 +264,7 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """All figures, for --json."""
+        hours = None if self.seconds is None else self.seconds / 3600
         return {
             "num_gpus": self.num_gpus,
             "parameters": self.parameters._asdict(),
@@ -290,8 +272,8 @@ class Plan:
             "samples": self.samples,
             "tokens": self.tokens,
             "epochs": self.epochs,
-            "hours": self.seconds and self.seconds / 3600,
-            "gpu_hours": self.seconds and self.seconds * self.num_gpus / 3600,
+            "hours": hours,
+            "gpu_hours": hours and hours * self.num_gpus,
             "disk_bytes": self.disk_bytes(),
             "reserved_bytes": RESERVED_BYTES,
             "configured": self.choices.index(self.configured),
@@ -301,36 +283,32 @@ class Plan:
 
     def as_text(self) -> str:
         """The same for people."""
-        config, seconds, count = self.config, self.seconds, self.parameters
-        hours = "unknown; give --tflops (achieved by one GPU) or --measured RUN_DIR"
+        config, seconds, count, largest = self.config, self.seconds, self.parameters, self.largest
+        time = "unknown; give --tflops (achieved by one GPU) or --measured RUN_DIR"
         if seconds is not None:
-            hours = (
-                f"{tqdm.format_interval(seconds)}, {seconds * self.num_gpus / 3600:.1f} GPU-hours"
-            )
-        corpora = zip(config.data.corpora, self.epochs, strict=True)
-        fill = self.tokens / sum(
-            p.steps * p.train_batch_size * p.sequence_length for p in config.phases
-        )
+            gpu_hours = seconds * self.num_gpus / 3600
+            time = f"{tqdm.format_interval(seconds)}, {gpu_hours:.1f} GPU-hours"
+        full = sum(p.steps * p.train_batch_size * p.sequence_length for p in config.phases)
+        passes = zip(config.data.corpora, self.epochs, strict=True)
         rows = [
             f"model         {count.total / 1e6:.1f} M parameters, {count.trained / 1e6:.1f} M of "
             f"them trained",
             f"steps         {config.total_steps:,} on {self.num_gpus} GPU(s)",
             f"samples       {self.samples:,}, {self.tokens / 1e6:,.1f} M tokens "
-            f"(samples are {fill:.0%} full)",
-            "epochs        " + ", ".join(f"{n:.2f} of {corpus.path}" for corpus, n in corpora),
-            f"time          {hours}",
+            f"(samples are {self.tokens / full:.0%} full)",
+            "epochs        " + ", ".join(f"{n:.2f} of {corpus.path}" for corpus, n in passes),
+            f"time          {time}",
             f"disk          {self.disk_bytes() / GIB:.2f} GiB for checkpoints and the final model",
             "",
-            f"GiB a GPU with micro-batches of {self.largest.micro_batch_size} x "
-            f"{self.largest.sequence_length}:",
+            f"GiB a GPU, micro-batches of {largest.micro_batch_size} x {largest.sequence_length}:",
             "ZeRO          weights   grads   optim buffers  activ.   total sent/step largest",
         ]
         for choice in self.choices:
-            figures = "".join(f"{number / GIB:8.2f}" for number in choice[2:8])
-            largest = "-" if choice.largest_micro_batch is None else choice.largest_micro_batch
             rows.append(
-                f"{choice.stage:<6}{choice.precision:<7}{figures}{choice.sent_bytes / GIB:10.2f}"
-                f"{largest:>8}{'  <- configured' if choice is self.configured else ''}"
+                f"{choice.stage:<6}{choice.precision:<7}"
+                + "".join(f"{number / GIB:8.2f}" for number in choice[2:9])
+                + f"{'-' if choice[-1] is None else choice[-1]:>10}"
+                + "  <- configured" * (choice is self.configured)
             )
         rows += [
             f"totals hold {RESERVED_BYTES / GIB:.1f} GiB for CUDA, NCCL and fragmentation; "
