@@ -181,20 +181,11 @@ class Config(_Section):
         phases: list[Phase] = []
         step = sample = 0
         for number, phase in enumerate(given):
-            batch = phase.train_batch_size or self.train.train_batch_size
-            phases.append(
-                Phase(
-                    number=number,
-                    first_step=step,
-                    steps=phase.steps,
-                    first_sample=sample,
-                    sequence_length=phase.sequence_length,
-                    train_batch_size=batch,
-                    micro_batch_size=phase.micro_batch_size or self.train.micro_batch_size,
-                )
-            )
+            sizes = self.train.model_dump(include={"train_batch_size", "micro_batch_size"})
+            values = sizes | phase.model_dump(exclude_none=True)
+            phases.append(Phase(number=number, first_step=step, first_sample=sample, **values))
             step += phase.steps
-            sample += phase.steps * batch
+            sample += phase.steps * phases[-1].train_batch_size
         return phases
 
     @property

@@ -58,20 +58,21 @@ def heldout_loader(corpus: ShardSet, *, sequence_length: int, is_paired: bool) -
 
 def evaluate(
     forward: Callable[[DeviceBatch], Sums],
-    loader: Loader,
+    corpus: ShardSet,
     *,
+    sequence_length: int,
+    is_paired: bool,
     num_samples: int,
     batch_size: int,
     world: World,
-    has_nsp: bool,
 ) -> Evaluation:
     """Evaluate a model on the first `num_samples` samples of a held-out set, on all ranks.
 
     Every rank calls `forward` equally often (ZeRO-3 gathers parameters inside it); what the samples
     are does not depend on the number of ranks.
     """
-    epochs = loader.stream.indexes[0]
-    num_samples = min(num_samples, len(epochs.get(0)))
+    loader = heldout_loader(corpus, sequence_length=sequence_length, is_paired=is_paired)
+    num_samples = min(num_samples, len(loader.stream.indexes[0].get(0)))
     num_batches = -(-num_samples // batch_size)
     rounds = range(-(-num_batches // world.world_size))
     totals = torch.zeros(8, dtype=torch.float64, device=world.device)
@@ -81,13 +82,12 @@ def evaluate(
         first = min(mine, num_batches - 1) * batch_size  # past the end: done, but not counted
         batch = loader.samples(first, min(batch_size, num_samples - first))
         with torch.no_grad():
-            sums = forward(to_device(batch, world.device, epochs.options.sequence_length))
+            sums = forward(to_device(batch, world.device, sequence_length))
         counts = (len(batch.masked_labels), batch.num_pairs, batch.num_tokens, len(batch))
         if mine < num_batches:
             totals[:4] += torch.stack([value.double() for value in sums])
             totals[4:] += torch.tensor(counts, device=world.device)
     mlm, nsp, mlm_right, nsp_right, masked, pairs, tokens, samples = world.sum(totals.tolist())
-    pairs = pairs if has_nsp else 0
     loss = mlm / max(masked, 1)
     return Evaluation(
         mlm_loss=loss,
@@ -95,11 +95,9 @@ def evaluate(
         mlm_accuracy=mlm_right / max(masked, 1),
         nsp_loss=nsp / pairs if pairs else None,
         nsp_accuracy=nsp_right / pairs if pairs else None,
-        num_samples=int(samples),
-        num_tokens=int(tokens),
-        num_masked=int(masked),
+        num_samples=int(samples), num_tokens=int(tokens), num_masked=int(masked),
         num_pairs=int(pairs),
-    )
+    )  # fmt: skip
 
 
 @contextmanager
@@ -141,10 +139,9 @@ def evaluate_checkpoint(
     model, world, results = PretrainingModel(bert).to(device), World(0, 1, 0, device), {}
     with eval_mode(model):
         for name, corpus in corpora.items():
-            loader = heldout_loader(corpus, sequence_length=sequence_length, is_paired=True)
             results[name] = evaluate(
-                model, loader, num_samples=num_samples, batch_size=batch_size, world=world,
-                has_nsp=True,
+                model, corpus, sequence_length=sequence_length, is_paired=True,
+                num_samples=num_samples, batch_size=batch_size, world=world,
             )  # fmt: skip
     return results, report.new
 

@@ -31,21 +31,15 @@ LINE = (
 
 def set_up_logging(run_dir: Path, rank: int) -> None:
     """Rank 0 logs to the console and RUN/train.log, every other rank to RUN/logs/rank_N.log."""
-    root = logging.getLogger()
-    root.setLevel(logging.INFO)
-    for handler in list(root.handlers):
-        root.removeHandler(handler)
-    form = logging.Formatter("%(asctime)s %(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S")
-    path = run_dir / "train.log"
-    if rank:
-        path = run_dir / "logs" / f"rank_{rank:04d}.log"
-        path.parent.mkdir(exist_ok=True)
+    path = run_dir / (f"logs/rank_{rank:04d}.log" if rank else "train.log")
+    path.parent.mkdir(exist_ok=True)
     handlers: list[logging.Handler] = [logging.FileHandler(path)]
     if not rank:
         handlers.append(logging.StreamHandler(sys.stderr))
-    for handler in handlers:
-        handler.setFormatter(form)
-        root.addHandler(handler)
+    form = "%(asctime)s %(levelname)s %(message)s"
+    logging.basicConfig(
+        level=logging.INFO, format=form, datefmt="%Y-%m-%d %H:%M:%S", handlers=handlers, force=True
+    )
     for name in ("DeepSpeed", "numba", "torch", "transformers"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
@@ -126,8 +120,8 @@ def start_wandb(run_dir: Path, settings: LoggingConfig, config: dict[str, Any]) 
     if mode == "disabled" or os.environ.get("WANDB_MODE") == "disabled":
         return None
     if mode == "auto":
-        is_offline = os.environ.get("WANDB_MODE") == "offline" or not _is_logged_in()
-        mode = "offline" if is_offline else "online"
+        is_online = os.environ.get("WANDB_MODE") != "offline" and _is_logged_in()
+        mode = "online" if is_online else "offline"
     record = run_dir / "wandb_run_id"
     try:
         os.environ.setdefault("WANDB_SILENT", "true")
@@ -136,14 +130,10 @@ def start_wandb(run_dir: Path, settings: LoggingConfig, config: dict[str, Any]) 
         run_id = record.read_text().strip() if record.exists() else secrets.token_hex(4)
         record.write_text(run_id)
         run = wandb.init(
-            project=settings.wandb_project,
-            name=settings.wandb_name or run_dir.name,
-            id=run_id,
-            dir=str(run_dir),
-            mode=mode,
-            resume="allow" if mode == "online" else None,
+            project=settings.wandb_project, name=settings.wandb_name or run_dir.name, id=run_id,
+            dir=str(run_dir), mode=mode, resume="allow" if mode == "online" else None,
             config=config,
-        )
+        )  # fmt: skip
         logger.info("W&B: %s, %s", mode, run.url or run_dir / "wandb")
         return run
     except Exception as error:  # a tracker never stops a run

@@ -39,7 +39,7 @@ from bert_cpt.checkpoint import (
 from bert_cpt.config import Config, Phase, load_config
 from bert_cpt.ds_config import DeepSpeedConfig
 from bert_cpt.engine import Engine, StepTotals
-from bert_cpt.evaluate import eval_mode, evaluate, heldout_loader
+from bert_cpt.evaluate import eval_mode, evaluate
 from bert_cpt.health import check_health, compare_ranks
 from bert_cpt.masking import mask_rule
 from bert_cpt.metrics import Metrics, set_up_logging, start_wandb
@@ -61,6 +61,7 @@ EXIT_REQUEUE = 85
 MAX_SKIPPED_IN_A_ROW = 50
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PHASES = 11  # stream of the run's seed
+UNTOUCHED = "the weights were not touched and the last checkpoint is intact"
 
 
 class TrainingError(Exception):
@@ -247,18 +248,18 @@ def loop(run: Run) -> int:
         run.engine.start_phase(phase)
         for batches in steps_of(run, phase):
             is_stopping = train_step(run, phase, batches)
-            if state.global_step % config.logging.interval == 0:
+            step, is_done = state.global_step, state.global_step == config.total_steps
+            if step % config.logging.interval == 0:
                 log_interval(run)
             every = config.logging.evaluation_interval
-            if every and state.global_step % every == 0 and state.global_step < config.total_steps:
+            if every and step % every == 0 and not is_done:
                 evaluate_heldout(run, "during")
-            if state.global_step % config.checkpoint.interval == 0 or is_stopping:
+            if step % config.checkpoint.interval == 0 or is_stopping:
                 save(run, is_last=is_stopping)
-            if is_stopping and state.global_step < config.total_steps:
-                logger.info(
-                    "stopped at step %d by %s after %.0f s; saved",
-                    state.global_step, run.stop.reason, time.monotonic() - run.stop.started,
-                )  # fmt: skip
+            if is_stopping and not is_done:
+                seconds = time.monotonic() - run.stop.started
+                reason = run.stop.reason
+                logger.info("stopped at step %d by %s after %.0f s; saved", step, reason, seconds)
                 run.world.barrier()
                 return EXIT_REQUEUE
     finish(run)
@@ -326,22 +327,21 @@ def report_spike(run: Run, loss: float) -> None:
     if len(recent) == recent.maxlen:
         mean, spread = statistics.fmean(recent), statistics.pstdev(recent)
         if loss > mean + max(6 * spread, 0.1 * mean):
-            logger.warning(
-                "loss spike at step %d: mlm %.4f, mean of the last %d steps %.4f",
-                run.state.global_step, loss, len(recent), mean,
-            )  # fmt: skip
+            step = run.state.global_step
+            logger.warning("loss spike at step %d: mlm %.4f, mean before %.4f", step, loss, mean)
     recent.append(loss)
 
 
 def note_skipped(run: Run, norm: float) -> None:
     """Count a step without update; raises TrainingError where that is an error."""
+    state = run.state
     if run.ds_config.precision != "fp16":
         raise TrainingError(
-            f"the gradient of step {run.state.global_step} is not finite (norm {norm}); the "
-            f"weights were not touched; samples from {run.state.consumed_samples} on. A lower "
-            f"learning rate or a longer warm-up may help; the last checkpoint is intact"
+            f"the gradient of step {state.global_step} is not finite (norm {norm}), samples from "
+            f"{state.consumed_samples} on; {UNTOUCHED}. A lower learning rate or a longer warm-up "
+            f"may help"
         )
-    run.state.skipped_steps += 1
+    state.skipped_steps += 1
     if run.skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
         raise TrainingError(describe_overflow(run, f"loss scale {run.engine.loss_scale:g}"))
 
@@ -350,8 +350,8 @@ def describe_overflow(run: Run, scale: str) -> str:
     """Explains a run of skipped fp16 steps."""
     return (
         f"{run.skipped_in_a_row} steps in a row were skipped because fp16 gradients overflowed "
-        f"({scale}); the weights have not moved since. The loss is diverging or the model does not "
-        f"fit fp16: lower optimizer.learning_rate, lengthen schedule.warmup_steps, or use bf16"
+        f"({scale}). The loss is diverging or the model does not fit fp16: lower "
+        f"optimizer.learning_rate, lengthen schedule.warmup_steps, or use bf16"
     )
 
 
@@ -361,8 +361,7 @@ def describe_bad_loss(run: Run, totals: StepTotals) -> str:
     where = f"samples {mine[:8]} of rank {run.world.rank}" if mine else "samples of another rank"
     return (
         f"the loss of step {run.state.global_step} is not finite (mlm {totals.mean_mlm_loss}, nsp "
-        f"{totals.mean_nsp_loss}): {where}; the weights were not touched and the last checkpoint "
-        f"is intact. Lower the learning rate, or look at these samples"
+        f"{totals.mean_nsp_loss}): {where}; {UNTOUCHED}. Lower the learning rate, or look at them"
     )
 
 
@@ -372,12 +371,7 @@ def describe_bad_loss(run: Run, totals: StepTotals) -> str:
 def log_interval(run: Run) -> None:
     """Report the steps since the last report."""
     values, seconds_per_step = run.interval.read(run.setup.bert_config)
-    values |= {
-        "loss_scale": run.engine.loss_scale,
-        "skipped_steps": run.state.skipped_steps,
-        "consumed_samples": run.state.consumed_samples,
-        "num_tokens": run.state.num_tokens,
-    }
+    values |= run.state.model_dump(exclude={"seconds"}) | {"loss_scale": run.engine.loss_scale}
     left = (run.config.total_steps - run.state.global_step) * seconds_per_step
     run.metrics.log_step(run.state.global_step, values, left)
 
@@ -389,13 +383,10 @@ def evaluate_heldout(run: Run, when: str) -> None:
     with eval_mode(run.engine.engine):
         for name, corpus in run.setup.heldout.items():
             result = evaluate(
-                run.engine.engine,
-                heldout_loader(corpus, sequence_length=length, is_paired=config.objective.nsp),
-                num_samples=config.data.heldout_samples,
+                run.engine.engine, corpus, sequence_length=length, is_paired=config.objective.nsp,
+                num_samples=config.data.heldout_samples, world=run.world,
                 batch_size=config.train.micro_batch_size,
-                world=run.world,
-                has_nsp=config.objective.nsp,
-            )
+            )  # fmt: skip
             results[name] = result.model_dump()
             run.watchdog.progress()
             run.metrics.record("heldout", run.state.global_step, {name: results[name]})
