@@ -89,6 +89,14 @@ def test_training_repeats_and_resumes_bit_for_bit(
     assert whole[8][0] < whole[1][0]
 
 
+def test_a_compiled_encoder_trains(tiny_config: Path, tmp_path: Path) -> None:
+    for name, setting in (("plain", "false"), ("compiled", "true")):
+        settings = (f"model.compile={setting}", "model.hidden_dropout=0.0")
+        assert run(tiny_config, tmp_path / name, *settings) == 0
+    plain, compiled = losses(tmp_path / "plain"), losses(tmp_path / "compiled")
+    assert all(compiled[step] == pytest.approx(plain[step], rel=1e-2) for step in plain)
+
+
 def test_auto_takes_bf16_where_the_hardware_has_it(tiny_config: Path, tmp_path: Path) -> None:
     assert (
         run(tiny_config, tmp_path / "run", "train.deepspeed_config=ds_configs/zero1_auto.json") == 0

@@ -330,7 +330,10 @@ def test_a_killed_command_leaves_no_process_and_continues(
 def wait_for_parts(output: Path, count: int) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        if len(list(output.glob(".build/part_*.json"))) >= count or (output / "manifest.json").exists():
+        if (
+            len(list(output.glob(".build/part_*.json"))) >= count
+            or (output / "manifest.json").exists()
+        ):
             return
         time.sleep(0.01)
     raise AssertionError("no parts were written")

@@ -76,6 +76,22 @@ def test_loss_and_gradients_equal_those_of_transformers(case: str, attention: st
         assert difference <= 1e-5 * truth.grad.norm(), name
 
 
+@pytest.mark.parametrize(
+    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)]
+)  # inductor is what `model.compile` uses; here it spends a minute in the C++ compiler
+def test_a_compiled_encoder_computes_the_same(backend: str) -> None:
+    plain, compiled = bert(), bert()
+    compiled.bert.encoder.compile(dynamic=True, backend=backend)
+    for case in ("length 128", "one sequence"):
+        batch = to_device(batch_of(*CASES[case]), torch.device("cpu"), 512)
+        for model in (plain, compiled):
+            model.zero_grad()
+            PretrainingModel(model)(batch).mlm_loss.backward()
+        for ours, truth in zip(compiled.parameters(), plain.parameters(), strict=True):
+            if truth.grad is not None:
+                assert (ours.grad - truth.grad).norm() <= 1e-5 * truth.grad.norm() + 1e-6
+
+
 def test_sequences_of_a_packed_stream_do_not_see_each_other() -> None:
     model = PretrainingModel(bert()).eval()
     whole = batch_of([40, 60, 50], 20)
