@@ -11,18 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from data_tools.errors import UserError
-from data_tools.files import write_text
-from data_tools.samples import MAX_SENTENCE_TOKENS
-from data_tools.shards import (
-    MANIFEST,
-    TOKENIZER,
-    Manifest,
-    Shard,
-    SourceRecord,
-    TokenizerIdentity,
-    describe_shard,
-    write_manifest,
-)
+from data_tools.shards import MANIFEST, Manifest, Shard, SourceRecord, describe_shard, write_corpus
 from data_tools.tokenizer import BulkTokenizer
 
 logger = logging.getLogger(__name__)
@@ -57,40 +46,27 @@ def adopt(
     if len({shard.dtype for shard in shards}) > 1:
         raise UserError("--adopt: the data sets differ in their width of ids; adopt them apart")
     specials = [_check_tokens(shard, tokenizer) for shard in shards]  # all are checked
-    has_special = any(specials)
-    if has_special:
+    if any(specials):
         logger.warning(
             "%s: its sentences hold [CLS] or [SEP], which will stand inside the samples too; they "
             "are never masked. Shard the text with `bert-cpt shard` to be rid of them",
             directory,
         )
-    counts = {
-        "documents_read": sum(record.num_documents for record in records),
-        "documents_written": sum(record.num_documents for record in records),
-    }
-    manifest = Manifest(
-        tokenizer=TokenizerIdentity(
-            identity=tokenizer.identity, vocab_size=tokenizer.vocab_size, name=tokenizer_name
-        ),
-        num_documents=sum(record.num_documents for record in records),
-        num_sentences=sum(record.num_sentences for record in records),
-        num_tokens=sum(record.num_tokens for record in records),
-        has_special_tokens=has_special,
-        options={"adopted": True},
-        counts=counts,
-        sources=[
-            SourceRecord(path=str(p), num_bytes=r.bin_bytes, num_documents=r.num_documents)
-            for p, r in zip(paths, records, strict=True)
-        ],
-        shards=records,
-    )
     directory.mkdir(parents=True, exist_ok=True)
     for path in paths:
         for name in (path.name + ".bin", path.name + ".idx"):
             if not (directory / name).exists():
                 (directory / name).symlink_to(path.with_name(name))
-    write_text(directory / TOKENIZER, tokenizer.definition)
-    write_manifest(directory, manifest)
+    sources = [
+        SourceRecord(path=str(p), num_bytes=r.bin_bytes, num_documents=r.num_documents)
+        for p, r in zip(paths, records, strict=True)
+    ]
+    number = sum(record.num_documents for record in records)
+    manifest = write_corpus(
+        directory, tokenizer, tokenizer_name, records, sources,
+        counts={"documents_read": number, "documents_written": number},
+        options={"adopted": True}, has_special_tokens=any(specials),
+    )  # fmt: skip
     return directory, manifest
 
 
@@ -100,12 +76,7 @@ def _without_suffix(path: Path) -> Path:
 
 def _check_tokens(shard: Shard, tokenizer: BulkTokenizer) -> bool:
     """Whether a data set holds [CLS] or [SEP]; raises UserError for ids that cannot be right."""
-    longest = int(shard.sentence_lengths.max(initial=0))
-    if longest > MAX_SENTENCE_TOKENS:
-        raise UserError(
-            f"{shard.prefix}: a sentence of {longest} tokens; at most {MAX_SENTENCE_TOKENS} are "
-            f"possible: shard the text with `bert-cpt shard`, which cuts them"
-        )
+    shard.check_structure()
     has_special = False
     for start in range(0, len(shard.tokens), READ_TOKENS):
         tokens = shard.tokens[start : start + READ_TOKENS]

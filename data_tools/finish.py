@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
-from itertools import repeat
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,14 +16,12 @@ from data_tools.errors import UserError
 from data_tools.files import remove_leftovers, write_text
 from data_tools.plan import BUILD, PLAN, Plan, part_prefix, parts_of
 from data_tools.shards import (
-    TOKENIZER,
     Manifest,
     Run,
     Shard,
     ShardRecord,
     SourceRecord,
-    TokenizerIdentity,
-    write_manifest,
+    write_corpus,
     write_shard,
 )
 from data_tools.tokenizer import BulkTokenizer
@@ -63,25 +61,16 @@ def finish(
     counts["sources_without_documents"] = sum(not read[i] for i in range(len(plan.sources)))
     records = _merge(plan, output, tokenizer.dtype, parts, totals, workers)
     options = {k: v for k, v in asdict(plan.options).items() if k != "on_error"}
-    manifest = Manifest(
-        tokenizer=TokenizerIdentity(
-            identity=tokenizer.identity, vocab_size=tokenizer.vocab_size, name=tokenizer_name
-        ),
-        num_documents=counts["documents_written"],
-        num_sentences=sum(record.num_sentences for record in records),
-        num_tokens=sum(record.num_tokens for record in records),
-        options=options,
-        counts=dict(sorted((+counts).items())),
-        sources=[
-            SourceRecord(path=source.path, num_bytes=source.num_bytes, num_documents=read[i])
-            for i, source in enumerate(plan.sources)
-        ],
-        shards=records,
-    )
-    write_text(output / TOKENIZER, tokenizer.definition)
+    sources = [
+        SourceRecord(path=source.path, num_bytes=source.num_bytes, num_documents=read[i])
+        for i, source in enumerate(plan.sources)
+    ]
     write_text(output / PLAN, plan.as_json())
     remove_leftovers(output)
-    write_manifest(output, manifest)
+    manifest = write_corpus(
+        output, tokenizer, tokenizer_name, records, sources,
+        counts=dict(sorted((+counts).items())), options=options,
+    )  # fmt: skip
     shutil.rmtree(output / BUILD, ignore_errors=True)
     return manifest
 
@@ -110,23 +99,23 @@ def _merge(
     workers: int,
 ) -> list[ShardRecord]:
     num_shards = max(1, round(totals[-1] / plan.options.shard_tokens))
-    constants = (output, dtype, parts, totals, num_shards, plan.options.shuffle_seed)
-    shards = range(num_shards)
+    seed = plan.options.shuffle_seed
+    merge = partial(_merge_shard, output, dtype, parts, totals, num_shards, seed)
     if workers == 1 or num_shards == 1:
-        return [_merge_shard(shard, *constants) for shard in shards]
+        return list(map(merge, range(num_shards)))
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(workers, num_shards), context) as pool:
-        return list(pool.map(_merge_shard, shards, *map(repeat, constants)))
+        return list(pool.map(merge, range(num_shards)))
 
 
 def _merge_shard(
-    shard: int,
     output: Path,
     dtype: np.dtype,
     parts: list[tuple[int, int]],
     totals: list[int],
     num_shards: int,
     seed: int | None,
+    shard: int,
 ) -> ShardRecord:
     """Write one shard: its range of keys (or, unshuffled, of tokens) out of every part."""
     done = output / BUILD / f"shard_{shard:05d}.json"

@@ -73,30 +73,20 @@ def _histogram(parts: Sequence[np.ndarray], edges: Sequence[int]) -> dict[str, A
 
 def _word_statistics(corpus: ShardSet) -> dict[str, Any]:
     tokenizer = corpus.tokenizer
-    left = COUNTED_TOKENS
-    num_words = num_tokens = num_unknown = 0
-    counts: dict[bytes, int] = {}
-    for shard in corpus.shards:
-        tokens = shard.tokens[:left]
-        left -= len(tokens)
-        if not len(tokens):
-            break
-        keys, starts = _words(tokens, tokenizer.is_continuation)
-        _, first, number = np.unique(keys, return_index=True, return_counts=True)
-        num_words += len(starts)
-        num_tokens += len(tokens)
-        num_unknown += int((tokens == tokenizer.unk_id).sum())
-        stops = np.append(starts[1:], len(tokens))
-        for k in np.argsort(-number, kind="stable")[: 50 * SHOWN_WORDS]:
-            word = tokens[starts[first[k]] : stops[first[k]]].tobytes()
-            counts[word] = counts.get(word, 0) + int(number[k])
-    top = sorted(counts.items(), key=lambda item: -item[1])[:SHOWN_WORDS]
-    frequent = [(np.frombuffer(word, corpus.shards[0].dtype), n) for word, n in top]
+    share = -(-COUNTED_TOKENS // len(corpus.shards))
+    tokens = np.concatenate([shard.tokens[:share] for shard in corpus.shards])
+    keys, starts = _words(tokens, tokenizer.is_continuation)
+    stops = np.append(starts[1:], len(tokens))
+    _, first, number = np.unique(keys, return_index=True, return_counts=True)
+    most = np.argsort(-number, kind="stable")[:SHOWN_WORDS]
     return {
-        "counted_tokens": num_tokens,
-        "unknown_share": num_unknown / max(num_tokens, 1),
-        "pieces_per_word": num_tokens / max(num_words, 1),
-        "frequent_words": [[tokenizer.decode(ids), n] for ids, n in frequent],
+        "counted_tokens": len(tokens),
+        "unknown_share": float((tokens == tokenizer.unk_id).sum() / max(len(tokens), 1)),
+        "pieces_per_word": len(tokens) / max(len(starts), 1),
+        "frequent_words": [
+            [tokenizer.decode(tokens[starts[first[k]] : stops[first[k]]]), int(number[k])]
+            for k in most
+        ],
     }
 
 
@@ -219,18 +209,12 @@ def verify(directory: Path) -> list[str]:
     damage = []
     for record in tqdm(manifest.shards, desc="verifying", unit="shard", disable=None):
         prefix = directory / record.name
-        is_whole = True
-        for suffix, size, digest in (
-            (".bin", record.bin_bytes, record.bin_sha256),
-            (".idx", record.idx_bytes, record.idx_sha256),
-        ):
-            path = prefix.with_name(prefix.name + suffix)
-            problem = _file_damage(path, size, digest)
-            if problem:
-                damage.append(problem)
-                is_whole = False
-        if is_whole:
-            damage += _content_damage(prefix, manifest)
+        files = (
+            (f"{prefix}.bin", record.bin_bytes, record.bin_sha256),
+            (f"{prefix}.idx", record.idx_bytes, record.idx_sha256),
+        )
+        problems = [problem for file in files if (problem := _file_damage(*file))]
+        damage += problems or _content_damage(prefix, manifest)
     return damage + _tokenizer_damage(directory / TOKENIZER, manifest)
 
 
@@ -246,7 +230,8 @@ def _tokenizer_damage(path: Path, manifest: Manifest) -> list[str]:
     return [f"{path}: not the tokenizer the manifest names"]
 
 
-def _file_damage(path: Path, size: int, digest: str) -> str:
+def _file_damage(name: str, size: int, digest: str) -> str:
+    path = Path(name)
     if not path.is_file():
         return f"{path}: missing"
     if path.stat().st_size != size:

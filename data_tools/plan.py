@@ -121,25 +121,21 @@ def prepare_output(output: Path, plan: Plan, tokenizer: BulkTokenizer, *, is_alo
     """
     work = output / BUILD
     try:
-        if (output / MANIFEST).exists():
-            found = output / PLAN
-            if not found.exists() or not plan.agrees_with(found.read_text()):
-                raise UserError(
-                    f"{output}: holds a corpus built from other inputs or options; choose another "
-                    f"--output or remove it first"
-                )
+        is_done = (output / MANIFEST).exists()
+        path = (output if is_done else work) / PLAN
+        found = path.read_text() if path.exists() else ""
+        if (is_done or found) and not (found and plan.agrees_with(found)):
+            what = "a corpus" if is_done else "an unfinished build"
+            raise UserError(
+                f"{output}: holds {what} of other inputs or options; choose another --output or "
+                f"remove it first"
+            )
+        if is_done:
             shutil.rmtree(work, ignore_errors=True)
             return True
         work.mkdir(parents=True, exist_ok=True)
-        text = plan.as_json()
-        found_text = (work / PLAN).read_text() if (work / PLAN).exists() else None
-        if found_text is not None and not plan.agrees_with(found_text):
-            raise UserError(
-                f"{output}: holds an unfinished build of other inputs or options; choose another "
-                f"--output or remove it first"
-            )
-        if found_text != text:
-            write_text(work / PLAN, text)
+        if found != plan.as_json():
+            write_text(path, plan.as_json())
         if not (work / TOKENIZER).exists():
             write_text(work / TOKENIZER, tokenizer.definition)
         if is_alone:

@@ -48,9 +48,7 @@ MIN_SEGMENT_B_TOKENS = 8  # where there is a choice
 CLASSES = 16  # of lengths, within which the labels are balanced
 MANY = 2  # more random pairs than true ones in a class, and the next free choice is a true one
 MAX_SURPLUS = 16  # of random pairs, before lone sentences go without a pair
-MAX_DRAWS = 64  # for a random B, before a document is drawn instead of a sentence
 FILLED_DRAWS = 4  # documents tried for a B of full length
-MAX_SENTENCE_TOKENS = 65_535
 
 
 class Corpus(NamedTuple):
@@ -60,7 +58,6 @@ class Corpus(NamedTuple):
     """
 
     tokens: np.ndarray  # int64[n], addresses
-    lengths: np.ndarray
     offsets: np.ndarray
     documents: np.ndarray
     num_sentences: np.ndarray  # int64[n]
@@ -82,7 +79,6 @@ def corpus_of(shards: Sequence[Shard], is_continuation: np.ndarray) -> Corpus:
     sentences = np.array([shard.num_sentences for shard in shards], np.int64)
     return Corpus(
         tokens=addresses("tokens"),
-        lengths=addresses("sentence_lengths"),
         offsets=addresses("sentence_offsets"),
         documents=addresses("document_index"),
         num_sentences=sentences,
@@ -191,22 +187,15 @@ def _shard_index(
     epoch: int,
 ) -> np.ndarray:
     shard.check_structure()
-    longest = int(shard.sentence_lengths.max(initial=0))
-    if longest > MAX_SENTENCE_TOKENS:
-        raise UserError(
-            f"{shard.prefix}: a sentence of {longest} tokens; at most {MAX_SENTENCE_TOKENS} are "
-            f"possible: shard the text with `bert-cpt shard`, which cuts them"
-        )
     num_special = 3 if options.is_paired else 2
     target = options.sequence_length - num_special
     bound = shard.num_sentences + shard.num_documents + 2 * len(shard.tokens) // target + 1
     out = np.empty((bound, 3), np.uint32)
     key = derive_key(seed, epoch, number)
-    walk = _walk_pairs if options.is_paired else _walk_windows
     short = int(options.short_seq_prob * 65536)
-    count = walk(
+    count = _walk(
         shard.tokens, shard.sentence_lengths, shard.document_index, is_continuation,
-        target, short, key, out,
+        target, short, options.is_paired, key, out,
     )  # fmt: skip
     return out[:count]
 
@@ -254,34 +243,6 @@ def _word_start(tokens, is_continuation, start, stop):
     return position
 
 
-@njit(cache=True, nogil=True)
-def _walk_windows(tokens, lengths, documents, is_continuation, target, short, key, out):
-    """Windows of one document each, for MLM alone."""
-    count = 0
-    position = 0
-    for document in range(len(documents) - 1):
-        sentence = documents[document]
-        left = 0
-        for s in range(sentence, documents[document + 1]):
-            left += lengths[s]
-        offset = 0
-        while left > 0:
-            size = min(left, _target_length(draw(key, count), target, short))
-            if size < left:
-                size = _word_start(tokens, is_continuation, position, position + size) - position
-            out[count, 0] = sentence
-            out[count, 1] = np.uint32(offset) | (np.uint32(size) << np.uint32(16))
-            out[count, 2] = np.uint32(NO_PAIR) << np.uint32(16)
-            count += 1
-            position += size
-            left -= size
-            offset += size
-            while left > 0 and offset >= lengths[sentence]:
-                offset -= lengths[sentence]
-                sentence += 1
-    return count
-
-
 @njit(cache=True, inline="always")
 def _scaled(bits, count):
     """A number in [0, count) from 16 of the bits of a sample."""
@@ -289,8 +250,8 @@ def _scaled(bits, count):
 
 
 @njit(cache=True, nogil=True)
-def _walk_pairs(tokens, lengths, documents, is_continuation, target, short, key, out):
-    """Pairs, as the module's docstring describes them."""
+def _walk(tokens, lengths, documents, is_continuation, target, short, is_paired, key, out):
+    """The samples of a shard, as the module's docstring describes them; returns their number."""
     ends = np.empty(target + 1, np.int64)  # sentence ends inside the window, from its beginning
     # Random pairs less true ones, overall and in classes of length of A and length of the pair.
     overall = 0
@@ -311,12 +272,12 @@ def _walk_pairs(tokens, lengths, documents, is_continuation, target, short, key,
             num_ends = 0
             s = sentence
             end = lengths[s] - offset
-            while end < window:
+            while is_paired and end < window:
                 ends[num_ends] = end
                 num_ends += 1
                 s += 1
                 end += lengths[s]
-            if num_ends == 0 and window < left and wanted < target:
+            if is_paired and num_ends == 0 and window < left and wanted < target:
                 wanted = target  # too short for a sentence end: try the full length
                 window = min(wanted, left)
                 while end < window:
@@ -343,7 +304,7 @@ def _walk_pairs(tokens, lengths, documents, is_continuation, target, short, key,
                 elif balance <= -MANY or (overall <= -2 * MANY and balance <= 0):
                     label = RANDOM
                 _prefetch(tokens, position + (window if label == NEXT else size_a) + target)
-            elif window == left and overall < MAX_SURPLUS:
+            elif is_paired and window == left and overall < MAX_SURPLUS:
                 # A lone sentence: the longest pair that is not too often random, if it has a B.
                 row = left * CLASSES // (target + 1)
                 least = MAX_SURPLUS
@@ -448,7 +409,7 @@ def _document_at(corpus, shard, document):
 
 @njit(cache=True)
 def _document_of(corpus, shard, sentence):
-    """The document that holds a sentence (the last one that begins at or before it)."""
+    """(first sentence, end) of the document that holds a sentence."""
     low, high = 0, corpus.num_documents[shard]
     while high - low > 1:
         middle = (low + high) // 2
@@ -456,7 +417,7 @@ def _document_of(corpus, shard, sentence):
             low = middle
         else:
             high = middle
-    return low
+    return _document_at(corpus, shard, low), _document_at(corpus, shard, low + 1)
 
 
 @njit(cache=True)
@@ -470,33 +431,6 @@ def _shard_of(starts, item):
         else:
             high = middle
     return low
-
-
-@njit(cache=True)
-def _sentence_of_another_document(corpus, shard_a, sentence_a, key, attempt):
-    """(shard, sentence, bounds of its document) of a sentence drawn over the corpus."""
-    for number in range(MAX_DRAWS):
-        bits = draw(key, attempt * MAX_DRAWS + number)
-        drawn = np.int64(bits % np.uint64(corpus.first_sentence[-1]))
-        shard = _shard_of(corpus.first_sentence, drawn)
-        sentence = drawn - corpus.first_sentence[shard]
-        document = _document_of(corpus, shard, sentence)
-        first = _document_at(corpus, shard, document)
-        last = _document_at(corpus, shard, document + 1)
-        if shard != shard_a or sentence_a < first or sentence_a >= last:
-            return shard, sentence, first, last
-    # One document holds nearly all sentences: take the next document that is not empty.
-    shard = shard_a
-    document = _document_of(corpus, shard, sentence_a)
-    while True:
-        document += 1
-        while document >= corpus.num_documents[shard]:
-            shard = (shard + 1) % len(corpus.num_documents)
-            document = 0
-        first = _document_at(corpus, shard, document)
-        last = _document_at(corpus, shard, document + 1)
-        if last > first:
-            return shard, first, first, last
 
 
 @njit(cache=True, nogil=True)
@@ -520,11 +454,17 @@ def _resolve(corpus, index_addresses, index_starts, samples, key, out):
         if label != RANDOM:
             continue
         sample_key = draw(key, sample)
+        own, own_end = _document_of(corpus, shard, sentence)
+        own_size, own = own_end - own, own + corpus.first_sentence[shard]
         best = -1
         for attempt in range(FILLED_DRAWS):
-            shard_b, begin, first, last = _sentence_of_another_document(
-                corpus, shard, sentence, sample_key, attempt
-            )
+            bits = draw(sample_key, attempt)
+            drawn = np.int64(bits % np.uint64(corpus.first_sentence[-1] - own_size))
+            if drawn >= own:
+                drawn += own_size
+            shard_b = _shard_of(corpus.first_sentence, drawn)
+            begin = drawn - corpus.first_sentence[shard_b]
+            first, last = _document_of(corpus, shard_b, begin)
             final = corpus.num_tokens[shard_b]
             if last < corpus.num_sentences[shard_b]:
                 final = _sentence_start(corpus, shard_b, last)

@@ -22,7 +22,6 @@ every kind of thing skipped, cut or replaced. A directory without a manifest is 
 """
 
 import hashlib
-import json
 import mmap
 import os
 import struct
@@ -46,6 +45,7 @@ CODES = {dtype: code for code, dtype in DTYPES.items()}
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer.json"
 MANIFEST_VERSION = 1
+MAX_SENTENCE_TOKENS = 65_535
 Run = tuple[np.ndarray, np.ndarray, np.ndarray]
 """Some documents: token ids, sentence lengths in tokens, sentences of each document."""
 
@@ -169,6 +169,12 @@ class Shard:
 
     def check_structure(self) -> None:
         """Check every length, offset and document bound; raises UserError naming the damage."""
+        longest = int(self.sentence_lengths.max(initial=0))
+        if longest > MAX_SENTENCE_TOKENS:
+            raise UserError(
+                f"{self.prefix}: a sentence of {longest} tokens; at most {MAX_SENTENCE_TOKENS} are "
+                f"possible: shard the text with `bert-cpt shard`, which cuts them"
+            )
         sentence, document = _first_damage(
             self.sentence_lengths,
             self.sentence_offsets,
@@ -239,10 +245,34 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write DIR/manifest.json, the same bytes for the same manifest."""
-    text = json.dumps(manifest.model_dump(), indent=1, ensure_ascii=False, sort_keys=False)
-    write_text(directory / MANIFEST, text + "\n")
+def write_corpus(
+    directory: Path,
+    tokenizer: BulkTokenizer,
+    tokenizer_name: str,
+    records: list[ShardRecord],
+    sources: list[SourceRecord],
+    *,
+    counts: dict[str, int],
+    options: dict[str, str | int | bool | None],
+    has_special_tokens: bool = False,
+) -> Manifest:
+    """Write DIR/tokenizer.json and DIR/manifest.json, the same bytes for the same content."""
+    manifest = Manifest(
+        tokenizer=TokenizerIdentity(
+            identity=tokenizer.identity, vocab_size=tokenizer.vocab_size, name=tokenizer_name
+        ),
+        num_documents=sum(record.num_documents for record in records),
+        num_sentences=sum(record.num_sentences for record in records),
+        num_tokens=sum(record.num_tokens for record in records),
+        has_special_tokens=has_special_tokens,
+        options=options,
+        counts=counts,
+        sources=sources,
+        shards=records,
+    )
+    write_text(directory / TOKENIZER, tokenizer.definition)
+    write_text(directory / MANIFEST, manifest.model_dump_json(indent=1) + "\n")
+    return manifest
 
 
 def write_shard(prefix: Path, runs: Iterable[Run], dtype: np.dtype) -> ShardRecord:
@@ -275,24 +305,14 @@ def write_shard(prefix: Path, runs: Iterable[Run], dtype: np.dtype) -> ShardReco
     content = b"".join((header, sizes.tobytes(), offsets.tobytes(), documents.tobytes()))
     with write_aside(prefix.with_name(prefix.name + ".idx")) as file:
         file.write(content)
-    return ShardRecord(
-        name=prefix.name,
-        num_documents=len(documents) - 1,
-        num_sentences=len(sizes),
-        num_tokens=bin_bytes // dtype.itemsize,
-        bin_bytes=bin_bytes,
-        idx_bytes=len(content),
-        bin_sha256=digest.hexdigest(),
-        idx_sha256=hashlib.sha256(content).hexdigest(),
-    )
+    idx_sha256 = hashlib.sha256(content).hexdigest()
+    return describe_shard(prefix, bin_sha256=digest.hexdigest(), idx_sha256=idx_sha256)
 
 
-def describe_shard(prefix: Path) -> ShardRecord:
-    """The manifest record of a shard that is already there."""
+def describe_shard(prefix: Path, *, bin_sha256: str = "", idx_sha256: str = "") -> ShardRecord:
+    """The manifest record of a shard that is there; digests not given are computed."""
     shard = Shard(prefix)
-    shard.check_structure()
-    bin_path = prefix.with_name(prefix.name + ".bin")
-    idx_path = prefix.with_name(prefix.name + ".idx")
+    bin_path, idx_path = (prefix.with_name(prefix.name + suffix) for suffix in (".bin", ".idx"))
     return ShardRecord(
         name=prefix.name,
         num_documents=shard.num_documents,
@@ -300,8 +320,8 @@ def describe_shard(prefix: Path) -> ShardRecord:
         num_tokens=len(shard.tokens),
         bin_bytes=bin_path.stat().st_size,
         idx_bytes=idx_path.stat().st_size,
-        bin_sha256=sha256_of(bin_path),
-        idx_sha256=sha256_of(idx_path),
+        bin_sha256=bin_sha256 or sha256_of(bin_path),
+        idx_sha256=idx_sha256 or sha256_of(idx_path),
     )
 
 

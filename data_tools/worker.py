@@ -1,6 +1,5 @@
 """One block of text becomes one part: documents, sentences, ids, counts."""
 
-import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -84,7 +83,10 @@ class BlockWorker:
         is_empty = document_sentences == 0
         counts["documents_without_tokens"] += int(is_empty.sum())
         lengths, document_sentences = lengths[lengths > 0], document_sentences[~is_empty]
-        lengths, document_sentences = self._cut_long(tokens, lengths, document_sentences, counts)
+        lengths, document_sentences, counts["sentences_cut"] = _cut_long(
+            tokens, lengths, document_sentences,
+            self.tokenizer.is_continuation, self.plan.options.max_sentence_tokens,
+        )  # fmt: skip
         counts["documents_written"] += len(document_sentences)
         counts["sentences"] += len(lengths)
         counts["tokens"] += len(tokens)
@@ -117,45 +119,39 @@ class BlockWorker:
             texts.append("\n".join([*lines, ""]).encode())
         return b"".join(texts), np.array(document_lines, np.int64)
 
-    def _cut_long(
-        self, tokens: np.ndarray, lengths: np.ndarray, documents: np.ndarray, counts: Counter[str]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Cut sentences over the limit at word boundaries."""
-        limit = self.plan.options.max_sentence_tokens
-        long = np.flatnonzero(lengths > limit)
-        if not len(long):
-            return lengths, documents
-        counts["sentences_cut"] += len(long)
-        ends = np.cumsum(lengths, dtype=np.int64)
-        pieces = [
-            _cut_at_words(self.tokenizer.is_continuation[tokens[end - length : end]], limit)
-            for end, length in zip(ends[long].tolist(), lengths[long].tolist(), strict=True)
-        ]
-        num_pieces = np.ones(len(lengths), np.int64)
-        num_pieces[long] = [len(sizes) for sizes in pieces]
-        flat = np.repeat(lengths, num_pieces)
-        flat[np.repeat(lengths > limit, num_pieces)] = list(itertools.chain.from_iterable(pieces))
-        owner = np.searchsorted(np.cumsum(documents), long, "right")
-        return flat, documents + np.bincount(owner, num_pieces[long] - 1, len(documents)).astype(
-            np.int64
-        )
-
 
 def _on_one_line(sentence: str) -> str:
     return sentence.replace("\r", " ").replace("\n", " ")
 
 
-def _cut_at_words(is_continuation: np.ndarray, limit: int) -> list[int]:
-    """Lengths of pieces of at most `limit` tokens, none beginning inside a word if avoidable."""
-    pieces, start = [], 0
-    while len(is_continuation) - start > limit:
-        stop = start + limit
-        while stop > start and is_continuation[stop]:
-            stop -= 1
-        stop = stop if stop > start else start + limit
-        pieces.append(stop - start)
-        start = stop
-    return [*pieces, len(is_continuation) - start]
+@njit(cache=True, nogil=True)
+def _cut_long(tokens, lengths, documents, is_continuation, limit):
+    """Lengths and sentences of each document without sentences over `limit`, and how many were.
+
+    A cut falls between words if that is possible.
+    """
+    pieces = np.empty(len(tokens), np.int32)
+    sentences = documents.copy()
+    count = num_cut = position = sentence = 0
+    for document in range(len(documents)):
+        for _ in range(documents[document]):
+            end = position + lengths[sentence]
+            sentence += 1
+            num_cut += end - position > limit
+            while end - position > limit:
+                stop = position + limit
+                while stop > position and is_continuation[tokens[stop]]:
+                    stop -= 1
+                if stop == position:
+                    stop = position + limit
+                pieces[count] = stop - position
+                count += 1
+                sentences[document] += 1
+                position = stop
+            pieces[count] = end - position
+            count += 1
+            position = end
+    return pieces[:count].copy(), sentences, num_cut
 
 
 def _blank_lines(text: bytes, lengths: np.ndarray) -> np.ndarray:
