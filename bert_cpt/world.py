@@ -4,6 +4,7 @@ Ranks come from the environment (the deepspeed launcher, torchrun, `bert-cpt tra
 from Slurm's variables. Everything said between ranks is a tensor; nothing is pickled.
 """
 
+import atexit
 import json
 import logging
 import os
@@ -212,4 +213,6 @@ def start_world() -> World:
             timeout=COLLECTIVE_TIMEOUT, device_id=device if device.type == "cuda" else None,
         )  # fmt: skip
         deepspeed.init_distributed(backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
+        # Threads of gloo that outlive the interpreter abort the process, once in a while.
+        atexit.register(dist.destroy_process_group)
     return World(rank, world_size, local_rank, device)
