@@ -14,10 +14,9 @@ import shutil
 import sys
 import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 
@@ -75,14 +74,12 @@ def build(
     if prepare_output(output, plan, tokenizer, is_alone=is_alone):
         logger.info("%s is complete already", output)
         return read_manifest(output)
-    work = output / BUILD
-    with _dead_workers_explained():
-        if not finish_only:
-            tasks, num_bytes = share_of(plan, work, rank, world_size, workers)
-            _run(plan, work, tasks, workers, num_bytes)
-            if world_size > 1:
-                return None
-        return finish(plan, output, tokenizer, tokenizer_name, workers)
+    tasks, num_bytes = share_of(plan, output / BUILD, rank, world_size, workers)
+    if not finish_only:
+        _run(plan, output, tasks, workers, num_bytes)
+        if world_size > 1:
+            return None
+    return finish(plan, output, tokenizer, tokenizer_name, workers)
 
 
 def write_shards(
@@ -126,9 +123,8 @@ def write_shards(
     _say_if_slow(loaded)
     rows = ((document, 0) for document in documents)
     blocks = row_blocks(rows, 0, options.block_bytes)
-    with _dead_workers_explained():
-        _run(plan, work, blocks, workers, 0)
-        return finish(plan, output, loaded, name, workers)
+    _run(plan, output, blocks, workers, 0)
+    return finish(plan, output, loaded, name, workers)
 
 
 def _say_if_slow(tokenizer: BulkTokenizer) -> None:
@@ -165,10 +161,10 @@ def _run_in_worker(task: Block | int) -> tuple[int, Counter[str]]:
 
 
 def _run(
-    plan: Plan, work: Path, tasks: Iterable[Block | int], workers: int, num_bytes: int
+    plan: Plan, output: Path, tasks: Iterable[Block | int], workers: int, num_bytes: int
 ) -> None:
     """Do all tasks, in this process or in `workers` of them."""
-    tokens = 0
+    work, tokens = output / BUILD, 0
     seconds = 0.1 if sys.stderr.isatty() else LOG_SECONDS
     bar = tqdm(
         total=num_bytes or None, unit="B", unit_scale=True, mininterval=seconds, desc="sharding"
@@ -203,16 +199,10 @@ def _run(
                     running.add(pool.submit(_run_in_worker, task))
                     collect(running, 2 * workers)
                 collect(running, 0)
+            except BrokenProcessPool as error:
+                raise ChildProcessError(
+                    "a worker process died (killed, or out of memory); nothing finished is lost, "
+                    "and fewer --workers need less memory"
+                ) from error
             finally:
                 pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _dead_workers_explained() -> Iterator[None]:
-    try:
-        yield
-    except BrokenProcessPool as error:
-        raise ChildProcessError(
-            "a worker process died (killed, or out of memory); nothing finished is lost, and "
-            "fewer --workers need less memory"
-        ) from error

@@ -1,13 +1,11 @@
 """The end of a build: the parts' documents are sorted into shards, and the manifest is written."""
 
-import multiprocessing
 import shutil
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -27,17 +25,11 @@ from data_tools.shards import (
 from data_tools.tokenizer import BulkTokenizer
 from data_tools.worker import keys_of
 
-LOST_DOCUMENTS = (
-    "documents_bad_csv",
-    "documents_bad_json",
-    "documents_invalid_unicode",
-    "documents_invalid_utf8",
-    "documents_missing_text",
-    "documents_text_not_string",
-    "documents_too_long",
-    "documents_without_tokens",
-    "documents_without_valid_lines",
-)
+
+def lost_documents(counts: Counter[str]) -> dict[str, int]:
+    """The counts of documents that were read but not written."""
+    others = ("documents_read", "documents_written", "documents_cut")
+    return {k: n for k, n in counts.items() if k.startswith("documents_") and k not in others and n}
 
 
 def finish(
@@ -76,55 +68,32 @@ def finish(
 
 
 def _check_balance(plan: Plan, counts: Counter[str]) -> None:
-    lost = sum(counts[name] for name in LOST_DOCUMENTS)
+    losses = lost_documents(counts)
+    lost = sum(losses.values())
     assert counts["documents_read"] == counts["documents_written"] + lost, (
         f"documents in ({counts['documents_read']}) are not documents out "
         f"({counts['documents_written']}) + counted losses ({lost})"
     )
     if not counts["documents_written"]:
         inputs = ", ".join(source.path for source in plan.sources[:5])
-        losses = ", ".join(f"{name} {counts[name]}" for name in LOST_DOCUMENTS if counts[name])
+        found = ", ".join(f"{name} {count}" for name, count in losses.items())
         raise UserError(
-            f"{inputs}: no document with any text ({losses or 'none was read'}); is --text-field "
+            f"{inputs}: no document with any text ({found or 'none was read'}); is --text-field "
             f"or --format wrong?"
         )
 
 
 def _merge(
-    plan: Plan,
-    output: Path,
-    dtype: np.dtype,
-    parts: list[tuple[int, int]],
-    totals: list[int],
+    plan: Plan, output: Path, dtype: np.dtype, parts: list[tuple[int, int]], totals: list[int],
     workers: int,
-) -> list[ShardRecord]:
+) -> list[ShardRecord]:  # fmt: skip
+    """Write the shards: each takes its range of keys (unshuffled, of tokens) out of every part."""
+    work, seed = output / BUILD, plan.options.shuffle_seed
     num_shards = max(1, round(totals[-1] / plan.options.shard_tokens))
-    seed = plan.options.shuffle_seed
-    merge = partial(_merge_shard, output, dtype, parts, totals, num_shards, seed)
-    if workers == 1 or num_shards == 1:
-        return list(map(merge, range(num_shards)))
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, num_shards), context) as pool:
-        return list(pool.map(merge, range(num_shards)))
 
-
-def _merge_shard(
-    output: Path,
-    dtype: np.dtype,
-    parts: list[tuple[int, int]],
-    totals: list[int],
-    num_shards: int,
-    seed: int | None,
-    shard: int,
-) -> ShardRecord:
-    """Write one shard: its range of keys (or, unshuffled, of tokens) out of every part."""
-    done = output / BUILD / f"shard_{shard:05d}.json"
-    if done.exists():
-        return ShardRecord.model_validate_json(done.read_text())
-
-    def runs() -> Iterator[Run]:
+    def documents(shard: int) -> Iterator[Run]:
         for (index, block), start in zip(parts, totals, strict=False):  # mapped one at a time
-            part = Shard(part_prefix(output / BUILD, index, block))
+            part = Shard(part_prefix(work, index, block))
             if seed is None:
                 begins = part.sentence_offsets[part.document_index[:-1]] // dtype.itemsize + start
                 bounds = [totals[-1] * number // num_shards for number in (shard, shard + 1)]
@@ -135,6 +104,13 @@ def _merge_shard(
             if last > first:
                 yield part.documents(first, last)
 
-    record = write_shard(output / f"shard_{shard:05d}", runs(), dtype)
-    write_text(done, record.model_dump_json())
-    return record
+    def merge(shard: int) -> ShardRecord:
+        done = work / f"shard_{shard:05d}.json"
+        if done.exists():
+            return ShardRecord.model_validate_json(done.read_text())
+        record = write_shard(output / f"shard_{shard:05d}", documents(shard), dtype)
+        write_text(done, record.model_dump_json())
+        return record
+
+    with ThreadPoolExecutor(workers) as pool:  # writing and hashing release the lock
+        return list(pool.map(merge, range(num_shards)))

@@ -1,5 +1,6 @@
 """What a corpus holds, for people; and whether its files are still what they were."""
 
+from collections import Counter
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -11,7 +12,7 @@ from tqdm import tqdm
 
 from data_tools.errors import UserError
 from data_tools.files import sha256_of
-from data_tools.finish import LOST_DOCUMENTS
+from data_tools.finish import lost_documents
 from data_tools.hashing import GOLDEN, derive_key, mix64
 from data_tools.samples import (
     SampleOptions,
@@ -150,8 +151,8 @@ def summarize(directory: Path, manifest: Manifest) -> str:
 def notable_counts(manifest: Manifest) -> dict[str, int]:
     """The counts of what was lost or changed."""
     plain = {"documents_read", "documents_written", "sentences", "tokens", "text_bytes"}
-    names = sorted(set(manifest.counts) - plain, key=lambda name: name not in LOST_DOCUMENTS)
-    return {name: manifest.counts[name] for name in names if manifest.counts[name]}
+    lost = lost_documents(Counter(manifest.counts))
+    return lost | {k: n for k, n in manifest.counts.items() if n and k not in plain | set(lost)}
 
 
 def render(content: dict[str, Any]) -> str:

@@ -85,17 +85,11 @@ def make_plan(inputs: list[str], options: BuildOptions, tokenizer: BulkTokenizer
     if not sources:
         raise UserError(f"{', '.join(inputs)}: no input holds any text")
     if not options.block_bytes:
-        options = replace(options, block_bytes=_block_bytes(sources))
+        # So that there are never too many parts: above 32 GiB of input, more than the least.
+        size = 1 << (sum(source.num_bytes for source in sources) // 4096).bit_length()
+        size = min(MAX_BLOCK_BYTES, max(MIN_BLOCK_BYTES, size))
+        options = replace(options, block_bytes=size)
     return Plan(sources, options, tokenizer.identity, dict(policy.counts))
-
-
-def _block_bytes(sources: list[Source]) -> int:
-    """8 MiB for up to 32 GiB of input, then more, so that there are never too many parts."""
-    total = sum(source.num_bytes for source in sources)
-    size = MIN_BLOCK_BYTES
-    while size < MAX_BLOCK_BYTES and total // size > 4096:
-        size *= 2
-    return size
 
 
 def _decide_formats(sources: list[Source], options: BuildOptions) -> list[Source]:
@@ -198,11 +192,12 @@ def share_of(
         if not source.is_seekable:
             streamed.append(index)
             continue
-        windows = range(readers.num_windows(source, size))
-        for number in windows[(rank - index) % world_size :: world_size]:
+        num_windows = -(-source.num_bytes // size)
+        for number in range((rank - index) % world_size, num_windows, world_size):
             if number not in done[index]:
                 num_bytes = min(size, source.num_bytes - number * size)
-                blocks.append(Block(index, number, None, num_bytes))
+                is_last = number + 1 == num_windows
+                blocks.append(Block(index, number, None, num_bytes, is_last=is_last))
     is_dealt_whole = len(streamed) >= 4 * world_size
     if is_dealt_whole:
         streamed = streamed[rank::world_size]

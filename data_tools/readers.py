@@ -4,9 +4,10 @@ A block is the unit of work: a few MiB of whole documents. For text and JSON lin
 file holds what lies between cut k and the next cut there is, where cut k is the first document
 boundary in window k, bytes [k*W, (k+1)*W) of the uncompressed file (W = `block_bytes`); if a whole
 window holds no boundary but a line end, the cut is that line end and the document is counted as
-cut; without either, the block is empty. A worker finds the cuts of its block by itself, so a large
-plain file is read in ranges by many workers; a compressed or remote file is read as a stream. Rows
-(Parquet, CSV, Arrow, hub data sets, Python iterables) are grouped until they hold W characters.
+cut; without either there is no block k, or an empty one. A worker finds the cuts of its block by
+itself, so a large plain file is read in ranges by many workers; a compressed or remote file is read
+as a stream. Rows (Parquet, CSV, Arrow, hub data sets, Python iterables) are grouped until they hold
+W characters.
 
 Line ends are "\n", "\r\n" and "\r", nothing else: U+0085 and U+2028 are text. A line of white space
 is blank.
@@ -66,18 +67,14 @@ class Block:
 # --- blocks of lines ------------------------------------------------------------------------------
 
 
-def num_windows(source: Source, block_bytes: int) -> int:
-    """Number of blocks of a seekable source."""
-    return -(-source.num_bytes // block_bytes)
-
-
 def line_blocks(
     source: Source, source_index: int, block_bytes: int, policy: Policy, first: int = 0
 ) -> Iterator[Block]:
-    """The blocks of a text or JSON-lines source from number `first` on.
+    """The blocks of a text or JSON-lines source, numbered from `first`.
 
     Args:
-        first: more than 0 only for a seekable source.
+        first: for a seekable source, the window to begin with; then only the first block, which
+            may be empty, is that of its window.
 
     Raises:
         UserError: the file is not what it was when the build was planned, or a line is too long.
@@ -86,42 +83,36 @@ def line_blocks(
         raise UserError(f"{source.path}: changed while it was read; start the build again")
     payload = bytearray()
     is_cut = is_full = False
-    index = number = first
-    offset = seen = first * block_bytes
-    counted = raw_bytes = 0
-
-    def gathered(stop: int, num_bytes: int, *, is_end: bool = False) -> Iterator[Block]:
-        """What was gathered as block `index`, and empty blocks up to number `stop`."""
-        is_last = is_end and stop == index + 1
-        yield Block(source_index, index, bytes(payload), num_bytes, is_cut, offset, is_last)
-        for k in range(index + 1, stop):
-            yield Block(source_index, k, b"", 0, is_last=is_end and k == stop - 1)
-
+    index, offset, seen, counted = first, 0, first * block_bytes, 0
     windows = _windows(source, block_bytes, policy, first)
     for number, (window, raw_bytes, is_damaged) in enumerate(windows, first):
         cut: tuple[int, bool] | None = (0, False)
         if number:
             cut = _cut(window, source.format, len(window) == block_bytes)
-        if number > first:
-            if not is_full:
-                payload += window if cut is None else window[: cut[0]]
-            if cut is None and not is_full and _is_too_long(source, len(payload), policy):
-                is_full, payload = True, _whole_lines(payload)
-        elif cut is None:  # nothing begins here
-            is_last = number + 1 == num_windows(source, block_bytes)
-            yield Block(source_index, number, b"", 0, is_last=is_last)
-            return
-        if cut is not None:
+        if number > first and not is_full:
+            payload += window[: cut[0] if cut else None]
+        if cut:
             if number > first:
-                yield from gathered(number, raw_bytes - counted)
-                counted = raw_bytes
-            index, offset, is_cut, is_full = number, seen + cut[0], cut[1], False
+                num_bytes = raw_bytes - counted
+                yield Block(source_index, index, bytes(payload), num_bytes, is_cut, offset)
+                index, counted = index + 1, raw_bytes
+            offset, is_cut, is_full = seen + cut[0], cut[1], False
             payload = bytearray(window[cut[0] :])
+        elif number == first:  # what it holds belongs to a block before
+            break
+        elif len(payload) > MAX_LINE_BYTES and not is_full:
+            policy.bad(
+                "documents_too_long",
+                f"{source.path}: no line end within {MAX_LINE_BYTES >> 20} MiB; is this a text "
+                f"file? Break the line",
+            )
+            policy.counts["documents_read"] += 1
+            is_full, payload = True, _whole_lines(payload)
         seen += len(window)
         if is_damaged:  # then this window is the last
             payload = _whole_lines(payload)
     rest = max(source.num_bytes - counted, 0)
-    yield from gathered(number + 1, rest, is_end=True)
+    yield Block(source_index, index, bytes(payload), rest, is_cut, offset, is_last=True)
 
 
 def _windows(
@@ -166,19 +157,6 @@ def _cut(window: bytes, format: Format, is_whole: bool) -> tuple[int, bool] | No
     return (match.end(), True) if match else None
 
 
-def _is_too_long(source: Source, num_bytes: int, policy: Policy) -> bool:
-    """Whether a line without an end is; that is an error, or a document left out and counted."""
-    if num_bytes <= MAX_LINE_BYTES:
-        return False
-    policy.bad(
-        "documents_too_long",
-        f"{source.path}: no line end within {MAX_LINE_BYTES >> 20} MiB; is this a text file? Break "
-        f"the line",
-    )
-    policy.counts["documents_read"] += 1
-    return True
-
-
 def _whole_lines(payload: bytearray) -> bytearray:
     return payload[: max(payload.rfind(b"\n"), payload.rfind(b"\r")) + 1]
 
@@ -199,18 +177,13 @@ def row_blocks(
     size = index = first = counted = 0
     for number, (document, seen) in enumerate(rows):
         batch.append(document)
-        size += _size_of(document)
+        parts = document if isinstance(document, list) else [document]
+        size += sum(len(str(part)) for part in parts)
         if size >= block_bytes:
             yield Block(source_index, index, batch, seen - counted, offset=first)
             batch, size, index, first, counted = [], 0, index + 1, number + 1, seen
     rest = max(num_bytes - counted, 0)
     yield Block(source_index, index, batch, rest, offset=first, is_last=True)
-
-
-def _size_of(document: Any) -> int:
-    if isinstance(document, list):
-        return sum(len(part) for part in document if isinstance(part, str))
-    return len(document) if isinstance(document, str) else 0
 
 
 def read_rows(source: Source, text_field: str, policy: Policy) -> Iterator[tuple[Any, int]]:

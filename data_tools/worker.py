@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ class BlockWorker:
             blocks = readers.line_blocks(
                 source, block.source_index, options.block_bytes, policy, block.index
             )
-            block = next(blocks)
+            block = replace(next(blocks), is_last=block.is_last)
         policy.counts += block.counts
         run = self._documents(block, source, policy)
         if options.shuffle_seed is not None:

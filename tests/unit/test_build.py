@@ -27,7 +27,7 @@ from typer.testing import CliRunner, Result
 from data_tools import UserError, open_shards, write_shards
 from data_tools import files as files_module
 from data_tools.build import BuildOptions, build
-from data_tools.finish import LOST_DOCUMENTS
+from data_tools.finish import lost_documents
 from data_tools.sentences import make_splitter
 from data_tools.shards import Manifest
 from data_tools.tokenizer import BulkTokenizer, load_tokenizer
@@ -353,7 +353,7 @@ def test_another_build_in_the_same_place_is_refused(
     with pytest.raises(UserError, match="unfinished build of other inputs or options"):
         build(inputs[:-1], output, tokenizer, "tiny", SMALL)
     build(inputs, output, tokenizer, "tiny", SMALL)
-    with pytest.raises(UserError, match="corpus built from other inputs or options"):
+    with pytest.raises(UserError, match="a corpus of other inputs or options"):
         build(inputs, output, tokenizer, "tiny", other)
     with pytest.raises(UserError, match="holds a corpus already"):
         write_shards(["a"], output, tokenizer=tokenizer)
@@ -474,7 +474,7 @@ def test_documents_in_are_documents_out_and_counted_losses(
     assert found == expected
     assert counts["documents_read"] == len(rows) + 1
     assert counts["documents_written"] == manifest.num_documents == len(expected)
-    assert sum(counts[name] for name in LOST_DOCUMENTS) == len(rows) + 1 - len(expected)
+    assert sum(lost_documents(counts).values()) == len(rows) + 1 - len(expected)
     assert counts["documents_without_tokens"] == len(good) - len(expected)
     assert counts["sentences"] == manifest.num_sentences == sum(map(len, expected))
 
