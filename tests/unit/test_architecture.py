@@ -46,7 +46,7 @@ def test_nothing_is_unpickled() -> None:
 
 
 def lines_of_code(path: Path) -> int:
-    """Lines that hold code: no blank lines, comments or docstrings."""
+    """Lines of code: no docstrings, comments, blank lines, or lines of brackets alone."""
     text = path.read_text()
     docstrings: set[int] = set()
     for node in ast.walk(ast.parse(text)):
@@ -57,7 +57,7 @@ def lines_of_code(path: Path) -> int:
     layout = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
     code: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in layout | {tokenize.ENDMARKER}:
+        if token.type not in layout | {tokenize.OP, tokenize.ENDMARKER}:
             code |= set(range(token.start[0], token.end[0] + 1))
     return len(code - docstrings)
 
