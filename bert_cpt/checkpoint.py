@@ -33,7 +33,7 @@ from bert_cpt.config import CheckpointConfig, Config
 from bert_cpt.engine import MOMENTS, Engine
 from bert_cpt.metrics import flat
 from data_tools.errors import UserError
-from data_tools.files import sha256_of, sync_directory, write_text
+from data_tools.files import sha256_of, sync, write_text
 from data_tools.shards import TOKENIZER, ShardSet
 
 logger = logging.getLogger("bert_cpt")
@@ -165,22 +165,15 @@ def write_final(run_dir: Path, weights: dict[str, Tensor], bert_config: BertConf
 
 def publish(aside: Path, target: Path) -> None:
     """Sync every file of a finished directory, then give it its name; an older one gives way."""
-    for path in aside.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-    sync_directory(aside)
+    for path in [*aside.iterdir(), aside]:
+        sync(path)
+    old = target.with_name(f".{target.name}.old.tmp")
+    shutil.rmtree(old, ignore_errors=True)
     if target.exists():
-        old = target.with_name(f".{target.name}.old.tmp")
-        shutil.rmtree(old, ignore_errors=True)
         os.replace(target, old)
-        os.replace(aside, target)
-        shutil.rmtree(old, ignore_errors=True)
-    else:
-        os.replace(aside, target)
-    sync_directory(target.parent)
+    os.replace(aside, target)
+    shutil.rmtree(old, ignore_errors=True)
+    sync(target.parent)
 
 
 def write_model(

@@ -59,21 +59,19 @@ class LoadReport:
                 f"model: {self.num_parameters / 1e6:.1f} M parameters, all new (init = scratch; "
                 f"only the configuration comes from {self.checkpoint})"
             )
-        lines = [
+        text = (
             f"model: {self.num_parameters / 1e6:.1f} M parameters; {len(self.loaded)} tensors from "
-            f"{self.checkpoint}, {len(self.new)} start new, {len(self.ignored)} of the checkpoint "
-            f"ignored"
-        ]
-        if self.new:
-            lines.append(f"  new: {', '.join(names_of(self.new))}")
+            f"{self.checkpoint}, {len(self.new)} start new, {len(self.ignored)} of it ignored"
+        )
+        for what in ("new", "ignored"):
+            if names := getattr(self, what):
+                text += f"\n  {what}: {', '.join(names_of(names))}"
         if any(name.startswith("cls.predictions") for name in self.new):
-            lines.append(
-                "  the checkpoint is an encoder without an MLM head: the head starts at random, so "
-                "the first MLM loss is about ln(vocabulary) and falls quickly"
+            text += (
+                "\n  the checkpoint is an encoder without an MLM head: the head starts at random, "
+                "so the first MLM loss is about ln(vocabulary) and falls quickly"
             )
-        if self.ignored:
-            lines.append(f"  ignored: {', '.join(names_of(self.ignored))}")
-        return "\n".join(lines)
+        return text
 
     def as_json(self) -> str:
         return json.dumps(asdict(self), indent=1)
@@ -192,11 +190,8 @@ def freeze(model: Bert, *, embeddings: bool, num_layers: int) -> int:
 
     The MLM decoder is tied to the word embeddings, so it is kept with them.
     """
-    layers = list(model.bert.encoder.layer)
-    if num_layers > len(layers):
-        raise UserError(f"model.frozen_layers={num_layers}, but the model has {len(layers)} layers")
     frozen: list[nn.Module] = [model.bert.embeddings] if embeddings else []
-    for module in [*frozen, *layers[:num_layers]]:
+    for module in [*frozen, *model.bert.encoder.layer[:num_layers]]:
         module.requires_grad_(False)
     return sum(p.numel() for p in model.parameters() if not p.requires_grad)
 
@@ -221,15 +216,10 @@ class DeviceBatch(NamedTuple):
 def to_device(batch: PackedBatch, device: torch.device, max_length: int) -> DeviceBatch:
     """Copy a batch to a device, without waiting for it."""
 
-    def move(array: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(array)
-        if device.type == "cuda":
-            return tensor.pin_memory().to(device, non_blocking=True)
-        return tensor
-
-    arrays = (getattr(batch, name) for name in DeviceBatch._fields[:7])
+    tensors = [torch.from_numpy(getattr(batch, name)) for name in DeviceBatch._fields[:7]]
+    if device.type == "cuda":
+        tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in tensors]
     lengths = tuple(np.diff(batch.cu_seqlens).tolist())
-    tensors: list[Any] = [move(array) for array in arrays]
     return DeviceBatch._make([*tensors, lengths, max_length])
 
 

@@ -57,22 +57,15 @@ def check_setup(config: Config) -> Setup:
             check_pairs_possible(corpus.shards, str(corpus.directory))
     bert_config = load_bert_config(checkpoint)
     vocab_size = corpora[0].manifest.tokenizer.vocab_size
-    if vocab_size > bert_config.vocab_size:
-        raise UserError(
-            f"{checkpoint}: the model has {bert_config.vocab_size} embeddings, its tokenizer "
-            f"{vocab_size} entries"
-        )
     longest = max(phase.sequence_length for phase in config.phases)
-    if longest > bert_config.max_position_embeddings:
-        raise UserError(
-            f"data.sequence_length={longest}: the model has "
-            f"{bert_config.max_position_embeddings} positions"
-        )
-    if config.model.frozen_layers > bert_config.num_hidden_layers:
-        raise UserError(
-            f"model.frozen_layers={config.model.frozen_layers}, but the model has "
-            f"{bert_config.num_hidden_layers} layers"
-        )
+    frozen = config.model.frozen_layers
+    for what, needed, limit, unit in (
+        ("entries of the tokenizer", vocab_size, bert_config.vocab_size, "embeddings"),
+        ("data.sequence_length", longest, bert_config.max_position_embeddings, "positions"),
+        ("model.frozen_layers", frozen, bert_config.num_hidden_layers, "layers"),
+    ):
+        if needed > limit:
+            raise UserError(f"{what}={needed}, but the model {checkpoint} has {limit} {unit}")
     return Setup(config, ds_content, bert_config, corpora, heldout)
 
 
