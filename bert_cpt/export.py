@@ -104,14 +104,11 @@ def _check(loader: type, directory: Path, model: PreTrainedModel) -> str:
 
 
 def _add_pooling(directory: Path) -> None:
-    """Mean pooling over tokens, as the sentence-transformers package wants it."""
+    """Mean pooling over tokens, which the sentence-transformers package adds to a plain encoder."""
     try:
         from sentence_transformers import SentenceTransformer
-        from sentence_transformers.models import Pooling, Transformer
     except ImportError as error:
         raise UserError(
             "--as sentence-transformers needs that package: pip install sentence-transformers"
         ) from error
-    encoder = Transformer(str(directory))
-    pooling = Pooling(encoder.get_word_embedding_dimension(), "mean")
-    SentenceTransformer(modules=[encoder, pooling], device="cpu").save(str(directory))
+    SentenceTransformer(str(directory), device="cpu").save(str(directory))

@@ -97,6 +97,8 @@ def test_an_export_loads_with_transformers_and_keeps_the_weights(
         for name, value in model.state_dict().items():
             original = stored.get(name, stored.get(f"bert.{name}"))
             assert original is None or torch.equal(value, original), name
+    if kind == "sentence-transformers":
+        assert json.loads((output / "1_Pooling/config.json").read_text())["pooling_mode"] == "mean"
     tokenizer = AutoTokenizer.from_pretrained(output)
     assert tokenizer("bada").input_ids[0] == tokenizer.cls_token_id
 
