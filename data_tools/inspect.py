@@ -1,7 +1,8 @@
 """What a corpus holds, for people; and whether its files are still what they were."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -201,52 +202,47 @@ def verify(directory: Path) -> list[str]:
     Raises:
         UserError: there is no manifest to compare with.
     """
-    try:
+    damage: list[str] = []
+
+    @contextmanager
+    def noted() -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            damage.append(str(error))
+
+    if not (directory / MANIFEST).is_file():
+        raise UserError(f"{directory}: holds no {MANIFEST}, so there is nothing to compare with")
+    with noted():
         manifest = read_manifest(directory)
-    except UserError as error:
-        if not (directory / MANIFEST).is_file():
-            raise
-        return [str(error)]
-    damage = []
-    for record in tqdm(manifest.shards, desc="verifying", unit="shard", disable=None):
-        prefix = directory / record.name
-        files = (
-            (f"{prefix}.bin", record.bin_bytes, record.bin_sha256),
-            (f"{prefix}.idx", record.idx_bytes, record.idx_sha256),
-        )
-        problems = [problem for file in files if (problem := _file_damage(*file))]
-        damage += problems or _content_damage(prefix, manifest)
-    return damage + _tokenizer_damage(directory / TOKENIZER, manifest)
+        for record in tqdm(manifest.shards, desc="verifying", unit="shard", disable=None):
+            prefix = str(directory / record.name)
+            with noted():
+                _check_file(Path(f"{prefix}.bin"), record.bin_bytes, record.bin_sha256)
+            with noted():
+                _check_file(Path(f"{prefix}.idx"), record.idx_bytes, record.idx_sha256)
+            with noted():
+                _check_content(Path(prefix), manifest.tokenizer.vocab_size)
+        with noted():
+            path = directory / TOKENIZER
+            if not path.is_file():
+                raise UserError(f"{path}: missing")
+            if load_tokenizer(path).identity != manifest.tokenizer.identity:
+                raise UserError(f"{path}: not the tokenizer the manifest names")
+    return damage
 
 
-def _tokenizer_damage(path: Path, manifest: Manifest) -> list[str]:
+def _check_file(path: Path, size: int, digest: str) -> None:
     if not path.is_file():
-        return [f"{path}: missing"]
-    try:
-        identity = load_tokenizer(path).identity
-    except UserError as error:
-        return [str(error)]
-    if identity == manifest.tokenizer.identity:
-        return []
-    return [f"{path}: not the tokenizer the manifest names"]
-
-
-def _file_damage(name: str, size: int, digest: str) -> str:
-    path = Path(name)
-    if not path.is_file():
-        return f"{path}: missing"
+        raise UserError(f"{path}: missing")
     if path.stat().st_size != size:
-        return f"{path}: {path.stat().st_size} bytes, the manifest says {size}"
-    return "" if sha256_of(path) == digest else f"{path}: its SHA-256 is not the manifest's"
+        raise UserError(f"{path}: {path.stat().st_size} bytes, the manifest says {size}")
+    if sha256_of(path) != digest:
+        raise UserError(f"{path}: its SHA-256 is not the manifest's")
 
 
-def _content_damage(prefix: Path, manifest: Manifest) -> list[str]:
-    try:
-        shard = Shard(prefix)
-        shard.check_structure()
-    except UserError as error:
-        return [str(error)]
-    limit = manifest.tokenizer.vocab_size
-    if len(shard.tokens) and (shard.tokens.max() >= limit or shard.tokens.min() < 0):
-        return [f"{prefix}.bin: holds a token id outside the vocabulary of {limit}"]
-    return []
+def _check_content(prefix: Path, vocab_size: int) -> None:
+    shard = Shard(prefix)
+    shard.check_structure()
+    if len(shard.tokens) and (shard.tokens.max() >= vocab_size or shard.tokens.min() < 0):
+        raise UserError(f"{prefix}.bin: holds a token id outside the vocabulary of {vocab_size}")

@@ -81,7 +81,8 @@ class Plan:
 def make_plan(inputs: list[str], options: BuildOptions, tokenizer: BulkTokenizer) -> Plan:
     """Look at the inputs; raises UserError where they are missing or (see `find_sources`) bad."""
     policy = Policy(options.on_error, Counter())
-    sources = _decide_formats(find_sources(inputs, options.format, policy), options)
+    make_splitter(options.splitter, options.language)  # says what is wrong with them
+    sources = [_settled(s, options) for s in find_sources(inputs, options.format, policy)]
     if not sources:
         raise UserError(f"{', '.join(inputs)}: no input holds any text")
     if not options.block_bytes:
@@ -92,19 +93,17 @@ def make_plan(inputs: list[str], options: BuildOptions, tokenizer: BulkTokenizer
     return Plan(sources, options, tokenizer.identity, dict(policy.counts))
 
 
-def _decide_formats(sources: list[Source], options: BuildOptions) -> list[Source]:
-    """Settle "auto" for text files: one sentence a line, or paragraphs."""
-    split = make_splitter(options.splitter, options.language)
-    decided = []
-    for source in sources:
-        is_presplit = options.splitter == "none"
-        if source.format == "text" and options.format == "auto" and not is_presplit:
-            is_presplit = readers.looks_presplit(source, lambda line: split(line, Counter()))
-            kind = "one sentence a line" if is_presplit else "raw text"
-            logger.info("%s: read as %s (--format to override)", source.path, kind)
-        is_sentences = source.format == "text" and is_presplit
-        decided.append(replace(source, format="sentences") if is_sentences else source)
-    return decided
+def _settled(source: Source, options: BuildOptions) -> Source:
+    """Settle whether a text file holds one sentence a line, or paragraphs."""
+    if source.format != "text":
+        return source
+    is_presplit = options.splitter == "none"
+    if options.format == "auto" and not is_presplit:
+        split = make_splitter(options.splitter, options.language)
+        is_presplit = readers.looks_presplit(source, lambda line: split(line, Counter()))
+        kind = "one sentence a line" if is_presplit else "raw text"
+        logger.info("%s: read as %s (--format to override)", source.path, kind)
+    return replace(source, format="sentences") if is_presplit else source
 
 
 def prepare_output(output: Path, plan: Plan, tokenizer: BulkTokenizer, *, is_alone: bool) -> bool:

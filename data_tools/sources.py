@@ -252,14 +252,13 @@ def is_damage(error: Exception) -> bool:
 
 def read_head(source: Source, num_bytes: int) -> tuple[bytes, bool]:
     """The first uncompressed bytes of a source, and whether it holds no more."""
-    parts, size = [], 0
+    head = bytearray()
     try:
         with open_stream(source) as (stream, _):
-            while size < num_bytes and (part := stream.read(num_bytes - size)):
-                parts.append(part)
-                size += len(part)
+            while len(head) < num_bytes and (part := stream.read(num_bytes - len(head))):
+                head += part
     except (OSError, EOFError, lzma.LZMAError) as error:
         if not is_damage(error):
             raise
-        return b"".join(parts), False  # reported when the source is read
-    return b"".join(parts), size < num_bytes
+        return bytes(head), False  # reported when the source is read
+    return bytes(head), len(head) < num_bytes

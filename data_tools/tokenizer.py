@@ -216,13 +216,14 @@ class BulkTokenizer:
         encodings = self.reference.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def check(self, text: bytes, ids: np.ndarray, lengths: np.ndarray, num_lines: int) -> None:
-        """Compare about `num_lines` lines of one `encode_lines` result with `tokenizers`.
+    def check(
+        self, lines: list[bytes], ids: np.ndarray, lengths: np.ndarray, num_lines: int
+    ) -> None:
+        """Compare about `num_lines` of the lines that `encode_lines` was given with `tokenizers`.
 
         Raises:
             AssertionError: they differ; the message holds the line. A bug of ours, never hidden.
         """
-        lines = text.split(b"\n")
         ends = np.cumsum(lengths, dtype=np.int64)
         step = max(1, len(lengths) // max(1, num_lines))
         # A line of megabytes would cost more than the block it stands in.

@@ -71,41 +71,39 @@ class BlockWorker:
         counts = policy.counts
         counts["documents_cut"] += bool(block.is_cut and block.payload)
         if source.format == "sentences":
-            text = readers.clean_lines(block, source, policy)
-            tokens, lengths = self._encode(text)
-            is_blank = _blank_lines(text, lengths)
-            lengths, document_lines = lengths[~is_blank], _runs_between(is_blank)
-            counts["documents_read"] += len(document_lines)
+            text, num_documents = readers.clean_lines(block, source, policy), None
         else:
-            text, document_lines = self._sentence_lines(block, source, policy)
-            tokens, lengths = self._encode(text)
+            text, num_documents = self._sentence_lines(block, source, policy)
+        tokens, lengths = self.tokenizer.encode_lines(text)
+        lines = text.split(b"\n")
+        if not self.tokenizer.slow_reason:
+            self.tokenizer.check(lines, tokens, lengths, CHECKED_LINES)
+        is_blank = lengths == 0
+        for n in np.flatnonzero(is_blank):
+            is_blank[n] = readers.is_blank(lines[n])
+        is_first = ~is_blank & np.append(True, is_blank[:-1])[: len(lengths)]
+        owner = np.cumsum(is_first)[~is_blank] - 1
+        lengths = lengths[~is_blank]
+        sentences = np.bincount(owner, lengths > 0, is_first.sum()).astype(np.int64)
+        if num_documents is None:
+            num_documents = len(sentences)
+            counts["documents_read"] += num_documents
+        sentences = sentences[sentences > 0]
         counts["sentences_without_tokens"] += int((lengths == 0).sum())
-        document_sentences = _filled_lines(lengths, document_lines)
-        is_empty = document_sentences == 0
-        counts["documents_without_tokens"] += int(is_empty.sum())
-        lengths, document_sentences = lengths[lengths > 0], document_sentences[~is_empty]
-        lengths, document_sentences, counts["sentences_cut"] = _cut_long(
-            tokens, lengths, document_sentences,
+        counts["documents_without_tokens"] += num_documents - len(sentences)
+        lengths, sentences, counts["sentences_cut"] = _cut_long(
+            tokens, lengths[lengths > 0], sentences,
             self.tokenizer.is_continuation, self.plan.options.max_sentence_tokens,
         )  # fmt: skip
-        counts["documents_written"] += len(document_sentences)
+        counts["documents_written"] += len(sentences)
         counts["sentences"] += len(lengths)
         counts["tokens"] += len(tokens)
         counts["text_bytes"] += len(text)
-        return tokens, lengths, document_sentences
+        return tokens, lengths, sentences
 
-    def _encode(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
-        tokens, lengths = self.tokenizer.encode_lines(text)
-        if not self.tokenizer.slow_reason:
-            self.tokenizer.check(text, tokens, lengths, CHECKED_LINES)
-        return tokens, lengths
-
-    def _sentence_lines(
-        self, block: Block, source: Source, policy: Policy
-    ) -> tuple[bytes, np.ndarray]:
-        """Text with one sentence a line, and the number of lines of each document."""
+    def _sentence_lines(self, block: Block, source: Source, policy: Policy) -> tuple[bytes, int]:
+        """One sentence a line and blank lines between documents; the number of documents."""
         texts = []
-        document_lines = []
         for document in readers.documents_of(block, source, self.plan.options.text_field, policy):
             if isinstance(document, list):
                 lines = [_on_one_line(sentence) for sentence in document]
@@ -115,10 +113,9 @@ class BlockWorker:
                     if paragraph and not paragraph.isspace():
                         lines += self.split(paragraph, policy.counts)
             lines = [line for line in lines if line and not line.isspace()]
-            document_lines.append(len(lines))
             # Encoded one by one: a rare character makes the text it stands in four times as large.
-            texts.append("\n".join([*lines, ""]).encode())
-        return b"".join(texts), np.array(document_lines, np.int64)
+            texts.append("\n".join([*lines, "", ""]).encode())
+        return b"".join(texts), len(texts)
 
 
 def _on_one_line(sentence: str) -> str:
@@ -153,30 +150,6 @@ def _cut_long(tokens, lengths, documents, is_continuation, limit):
             count += 1
             position = end
     return pieces[:count].copy(), sentences, num_cut
-
-
-def _blank_lines(text: bytes, lengths: np.ndarray) -> np.ndarray:
-    """bool[lines]: which lines are blank; those without tokens are looked at."""
-    is_blank = lengths == 0
-    ends = np.append(np.flatnonzero(np.frombuffer(text, np.uint8) == 10), len(text))[: len(lengths)]
-    starts = np.append(0, ends[:-1] + 1)
-    for n in np.flatnonzero(is_blank & (ends > starts)).tolist():
-        is_blank[n] = readers.is_blank(text[starts[n] : ends[n]])
-    return is_blank
-
-
-def _runs_between(is_blank: np.ndarray) -> np.ndarray:
-    """int64: lengths of the runs of lines that are not blank."""
-    filled = np.concatenate([[False], ~is_blank, [False]])
-    edges = np.flatnonzero(filled[1:] != filled[:-1])
-    return (edges[1::2] - edges[::2]).astype(np.int64)
-
-
-def _filled_lines(lengths: np.ndarray, lines: np.ndarray) -> np.ndarray:
-    """int64: for each document of `lines` lines, how many have tokens."""
-    totals = np.append(0, np.cumsum(lengths > 0, dtype=np.int64))
-    ends = np.cumsum(lines, dtype=np.int64)
-    return totals[ends] - totals[ends - lines]
 
 
 def _ordered(run: Run, keys: np.ndarray) -> Run:
