@@ -68,11 +68,9 @@ def build(
         UserError: bad input, wrong options, or a build of something else lies in `output`.
         OSError: the disk is full, a worker process died, and the like; run it again.
     """
-    _say_if_slow(tokenizer)
     plan = make_plan(inputs, options, tokenizer)
     is_alone = world_size == 1 and not finish_only
     if prepare_output(output, plan, tokenizer, is_alone=is_alone):
-        logger.info("%s is complete already", output)
         return read_manifest(output)
     tasks, num_bytes = share_of(plan, output / BUILD, rank, world_size, workers)
     if not finish_only:
@@ -120,19 +118,10 @@ def write_shards(
     if (work / PLAN).exists() and plan.agrees_with((work / PLAN).read_text()):
         shutil.rmtree(work)  # it cannot be continued: the documents may be others
     prepare_output(output, plan, loaded, is_alone=True)
-    _say_if_slow(loaded)
     rows = ((document, 0) for document in documents)
     blocks = row_blocks(rows, 0, options.block_bytes)
     _run(plan, output, blocks, workers, 0)
     return finish(plan, output, loaded, name, workers)
-
-
-def _say_if_slow(tokenizer: BulkTokenizer) -> None:
-    if tokenizer.slow_reason:
-        logger.warning(
-            "the tokenizer is served by `tokenizers`, several times slower: %s",
-            tokenizer.slow_reason,
-        )
 
 
 # --- running --------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ COUNTED_TOKENS = 5_000_000  # words are counted over at most this many
 INDEXED_TOKENS = 1 << 28  # samples are counted over whole shards with about this many, and scaled
 RESOLVED_SAMPLES = 1_000_000  # the fill is measured on at most this many
 SHOWN_WORDS = 20
+SHOWN_FIELDS = {"num_documents", "num_sentences", "num_tokens", "has_special_tokens", "counts"}
 SENTENCE_BINS = (1, 5, 10, 20, 40, 80, 160, 320, 640)
 DOCUMENT_BINS = (1, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)
 
@@ -38,20 +39,15 @@ def statistics(corpus: ShardSet) -> dict[str, Any]:
     manifest = corpus.manifest
     sentence_lengths = [shard.sentence_lengths for shard in corpus.shards]
     document_lengths = [_document_lengths(shard) for shard in corpus.shards]
-    words = _word_statistics(corpus)
     return {
         "directory": str(corpus.directory),
         "tokenizer": manifest.tokenizer.name,
-        "num_documents": manifest.num_documents,
-        "num_sentences": manifest.num_sentences,
-        "num_tokens": manifest.num_tokens,
+        **manifest.model_dump(include=SHOWN_FIELDS),
         "num_shards": len(manifest.shards),
-        "has_special_tokens": manifest.has_special_tokens,
         "one_sentence_documents": sum(
             int((np.diff(shard.document_index) == 1).sum()) for shard in corpus.shards
         ),
-        "counts": manifest.counts,
-        **words,
+        **_word_statistics(corpus),
         "sentence_tokens": _histogram(sentence_lengths, SENTENCE_BINS),
         "document_tokens": _histogram(document_lengths, DOCUMENT_BINS),
         "samples": {str(length): _sample_statistics(corpus, length) for length in (128, 512)},

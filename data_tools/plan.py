@@ -124,6 +124,7 @@ def prepare_output(output: Path, plan: Plan, tokenizer: BulkTokenizer, *, is_alo
                 f"remove it first"
             )
         if is_done:
+            logger.info("%s is complete already", output)
             shutil.rmtree(work, ignore_errors=True)
             return True
         work.mkdir(parents=True, exist_ok=True)
@@ -136,6 +137,9 @@ def prepare_output(output: Path, plan: Plan, tokenizer: BulkTokenizer, *, is_alo
             remove_leftovers(output)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UserError(f"--output {output}: {error.strerror}") from error
+    if tokenizer.slow_reason:
+        slow = "the tokenizer is served by `tokenizers`, several times slower: %s"
+        logger.warning(slow, tokenizer.slow_reason)
     return False
 
 

@@ -71,16 +71,11 @@ class Corpus(NamedTuple):
 def corpus_of(shards: Sequence[Shard], is_continuation: np.ndarray) -> Corpus:
     """The compiled view of shards that share one dtype."""
     assert len({shard.dtype for shard in shards}) == 1, "shards of one corpus share a dtype"
-
-    def addresses(name: str) -> np.ndarray:
-        arrays = [getattr(shard, name) for shard in shards]
-        return np.array([array.__array_interface__["data"][0] for array in arrays], np.int64)
-
     sentences = np.array([shard.num_sentences for shard in shards], np.int64)
     return Corpus(
-        tokens=addresses("tokens"),
-        offsets=addresses("sentence_offsets"),
-        documents=addresses("document_index"),
+        tokens=_addresses([shard.tokens for shard in shards]),
+        offsets=_addresses([shard.sentence_offsets for shard in shards]),
+        documents=_addresses([shard.document_index for shard in shards]),
         num_sentences=sentences,
         num_documents=np.array([shard.num_documents for shard in shards], np.int64),
         num_tokens=np.array([len(shard.tokens) for shard in shards], np.int64),
@@ -88,6 +83,10 @@ def corpus_of(shards: Sequence[Shard], is_continuation: np.ndarray) -> Corpus:
         is_continuation=is_continuation,
         is_wide=shards[0].dtype.itemsize == 4,
     )
+
+
+def _addresses(arrays: Sequence[np.ndarray]) -> np.ndarray:
+    return np.array([array.ctypes.data for array in arrays], np.int64)
 
 
 @dataclass(frozen=True)
@@ -117,9 +116,7 @@ class EpochIndex:
         self.arrays = arrays
         sizes = [len(array) for array in arrays]
         self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)])
-        self.addresses = np.array(
-            [array.__array_interface__["data"][0] for array in arrays], np.int64
-        )
+        self.addresses = _addresses(arrays)
 
     def __len__(self) -> int:
         return int(self.starts[-1])
@@ -272,19 +269,17 @@ def _walk(tokens, lengths, documents, is_continuation, target, short, is_paired,
             num_ends = 0
             s = sentence
             end = lengths[s] - offset
-            while is_paired and end < window:
-                ends[num_ends] = end
-                num_ends += 1
-                s += 1
-                end += lengths[s]
-            if is_paired and num_ends == 0 and window < left and wanted < target:
-                wanted = target  # too short for a sentence end: try the full length
-                window = min(wanted, left)
-                while end < window:
+            while is_paired:
+                if end < window:
                     ends[num_ends] = end
                     num_ends += 1
                     s += 1
                     end += lengths[s]
+                elif num_ends == 0 and window < left and wanted < target:
+                    wanted = target  # too short for a sentence end: try the full length
+                    window = min(wanted, left)
+                else:
+                    break
             label = NO_PAIR
             size_a = window
             size_b = 0
@@ -403,41 +398,32 @@ def _sentence_start(corpus, shard, sentence):
 
 
 @njit(cache=True, inline="always")
-def _document_at(corpus, shard, document):
-    return carray(_pointer(corpus.documents[shard]), (1 << 40,), np.int64)[document]
-
-
-@njit(cache=True)
-def _document_of(corpus, shard, sentence):
-    """(first sentence, end) of the document that holds a sentence."""
-    low, high = 0, corpus.num_documents[shard]
+def _last_at_most(values, item):
+    """The last k with values[k] <= item, for ascending values of which the first is so."""
+    low, high = 0, len(values)
     while high - low > 1:
         middle = (low + high) // 2
-        if _document_at(corpus, shard, middle) <= sentence:
-            low = middle
-        else:
-            high = middle
-    return _document_at(corpus, shard, low), _document_at(corpus, shard, low + 1)
-
-
-@njit(cache=True)
-def _shard_of(starts, item):
-    """The shard k with starts[k] <= item < starts[k + 1]."""
-    low, high = 0, len(starts) - 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        if starts[middle] <= item:
+        if values[middle] <= item:
             low = middle
         else:
             high = middle
     return low
 
 
+@njit(cache=True)
+def _document_of(corpus, shard, sentence):
+    """(first sentence, end) of the document that holds a sentence."""
+    size = corpus.num_documents[shard] + 1
+    documents = carray(_pointer(corpus.documents[shard]), (size,), np.int64)
+    document = _last_at_most(documents, sentence)
+    return documents[document], documents[document + 1]
+
+
 @njit(cache=True, nogil=True)
 def _resolve(corpus, index_addresses, index_starts, samples, key, out):
     for n in range(len(samples)):
         sample = samples[n]
-        shard = _shard_of(index_starts, sample)
+        shard = _last_at_most(index_starts, sample)
         row = sample - index_starts[shard]
         words = carray(_pointer(index_addresses[shard]), (1 << 40,), np.uint32)
         sentence = np.int64(words[3 * row])
@@ -462,7 +448,7 @@ def _resolve(corpus, index_addresses, index_starts, samples, key, out):
             drawn = np.int64(bits % np.uint64(corpus.first_sentence[-1] - own_size))
             if drawn >= own:
                 drawn += own_size
-            shard_b = _shard_of(corpus.first_sentence, drawn)
+            shard_b = _last_at_most(corpus.first_sentence, drawn)
             begin = drawn - corpus.first_sentence[shard_b]
             first, last = _document_of(corpus, shard_b, begin)
             final = corpus.num_tokens[shard_b]

@@ -37,7 +37,6 @@ from data_tools.errors import UserError
 # What a character does; a table starts with nothing known.
 UNKNOWN, WORD, PUNCTUATION, SPACE, REMOVED, HANDED_OVER = range(6)
 CACHE_ENTRIES = 1 << 18  # of one cache line each: 16 bytes of a word, size and count, 10 ids
-CACHE_WAYS = 4
 CACHED_BYTES = 16
 CACHED_IDS = 10
 SLICE_BYTES = 2 << 20  # of text encoded at once, which bounds the memory
@@ -422,18 +421,10 @@ def _word_pieces(word, size, out, count, unk_id, edges, children, node_ids):
 
 
 @njit(cache=True, inline="always")
-def _find_entry(keys, low, high, size):
-    """(entry of a word or the one to overwrite, whether it is found)."""
+def _entry_of(keys, low, high):
+    """The one entry of the cache where a word may be."""
     mixed = (low ^ (high * MULTIPLIER)) * np.uint64(0xFF51AFD7ED558CCD)
-    mixed ^= mixed >> np.uint64(32)
-    first = np.int64(mixed & np.uint64(len(keys) - 1)) & ~(CACHE_WAYS - 1)
-    for entry in range(first, first + CACHE_WAYS):
-        found = keys[entry, 2] >> np.uint64(8)
-        if found == size and keys[entry, 0] == low and keys[entry, 1] == high:
-            return entry, True
-        if found == 0:
-            return entry, False
-    return first + np.int64((mixed >> np.uint64(40)) & np.uint64(CACHE_WAYS - 1)), False
+    return np.int64((mixed ^ (mixed >> np.uint64(32))) & np.uint64(len(keys) - 1))
 
 
 @njit(cache=True, inline="always")
@@ -467,7 +458,6 @@ def _encode(
     word = words.view(np.uint8)
     chunk_start, chunk_count = position, count
     size = num_chars = 0
-    low = high = np.uint64(0)
     while True:
         while position < len(data) and letters[data[position]] and num_chars < max_chars:
             word[size] = letters[data[position]]
@@ -494,10 +484,10 @@ def _encode(
             out[count] = unk_id
             count += 1
         elif num_chars > 0:
-            entry, is_cached = np.int64(0), False
-            if size <= CACHED_BYTES:
-                low, high = words[0], words[1]
-                entry, is_cached = _find_entry(keys, low, high, size)
+            low, high = words[0], words[1]
+            entry = _entry_of(keys, low, high)
+            is_same = keys[entry, 0] == low and keys[entry, 1] == high
+            is_cached = is_same and keys[entry, 2] >> np.uint64(8) == size
             if is_cached:
                 num = np.int64(keys[entry, 2] & np.uint64(255))
                 for k in range(num):
