@@ -69,8 +69,7 @@ def build(
         OSError: the disk is full, a worker process died, and the like; run it again.
     """
     plan = make_plan(inputs, options, tokenizer)
-    is_alone = world_size == 1 and not finish_only
-    if prepare_output(output, plan, tokenizer, is_alone=is_alone):
+    if prepare_output(output, plan, tokenizer):
         return read_manifest(output)
     tasks, num_bytes = share_of(plan, output / BUILD, rank, world_size, workers)
     if not finish_only:
@@ -117,7 +116,7 @@ def write_shards(
     work = output / BUILD
     if (work / PLAN).exists() and plan.agrees_with((work / PLAN).read_text()):
         shutil.rmtree(work)  # it cannot be continued: the documents may be others
-    prepare_output(output, plan, loaded, is_alone=True)
+    prepare_output(output, plan, loaded)
     rows = ((document, 0) for document in documents)
     blocks = row_blocks(rows, 0, options.block_bytes)
     _run(plan, output, blocks, workers, 0)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from data_tools import readers
 from data_tools.errors import UserError
-from data_tools.files import remove_leftovers, write_text
+from data_tools.files import write_text
 from data_tools.readers import Block
 from data_tools.sentences import make_splitter
 from data_tools.shards import MANIFEST, TOKENIZER
@@ -106,12 +106,8 @@ def _settled(source: Source, options: BuildOptions) -> Source:
     return replace(source, format="sentences") if is_presplit else source
 
 
-def prepare_output(output: Path, plan: Plan, tokenizer: BulkTokenizer, *, is_alone: bool) -> bool:
-    """Create OUTPUT/.build for this plan, or find it there; True if the build is complete.
-
-    Args:
-        is_alone: no other rank works in `output`.
-    """
+def prepare_output(output: Path, plan: Plan, tokenizer: BulkTokenizer) -> bool:
+    """Create OUTPUT/.build for this plan, or find it there; True if the build is complete."""
     work = output / BUILD
     try:
         is_done = (output / MANIFEST).exists()
@@ -132,9 +128,6 @@ def prepare_output(output: Path, plan: Plan, tokenizer: BulkTokenizer, *, is_alo
             write_text(path, plan.as_json())
         if not (work / TOKENIZER).exists():
             write_text(work / TOKENIZER, tokenizer.definition)
-        if is_alone:
-            remove_leftovers(work)
-            remove_leftovers(output)
     except (PermissionError, NotADirectoryError, FileExistsError) as error:
         raise UserError(f"--output {output}: {error.strerror}") from error
     if tokenizer.slow_reason:

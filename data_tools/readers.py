@@ -339,14 +339,7 @@ def _located(source: Source, block: Block, number: int, message: str) -> str:
 def documents_of(
     block: Block, source: Source, text_field: str, policy: Policy
 ) -> Iterator[Document]:
-    """The documents of a text, JSON-lines or row block; counts those read and those left out."""
-    if source.format == "text":
-        lines = clean_lines(block, source, policy).split(b"\n")
-        for blank, group in itertools.groupby(lines, key=is_blank):
-            if not blank:
-                policy.counts["documents_read"] += 1
-                yield b"\n".join(group).decode()
-        return
+    """The documents of a JSON-lines or row block; counts those read and those left out."""
     rows = block.payload or []
     if isinstance(rows, bytes):
         rows = _without_mark(block, policy).splitlines()  # bytes: splits at \n, \r\n, \r only
@@ -364,7 +357,7 @@ def documents_of(
 
 def is_blank(line: bytes) -> bool:
     """Whether a line of UTF-8 holds nothing but white space, of Unicode's kinds too."""
-    return not line.strip() or (not line.isascii() and not line.decode().strip())
+    return not line.decode().strip()
 
 
 def _json_value(row: Any, text_field: str) -> Any:

@@ -19,11 +19,12 @@ The five special tokens ([CLS], [SEP], [MASK], [PAD], [UNK]) are plain text in a
 """
 
 import hashlib
+import itertools
 import json
 import re
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import cached_property, lru_cache
 from pathlib import Path
 
@@ -39,7 +40,7 @@ UNKNOWN, WORD, PUNCTUATION, SPACE, REMOVED, HANDED_OVER = range(6)
 CACHE_ENTRIES = 1 << 18  # of one cache line each: 16 bytes of a word, size and count, 10 ids
 CACHED_BYTES = 16
 CACHED_IDS = 10
-SLICE_BYTES = 2 << 20  # of text encoded at once, which bounds the memory
+LINES_AT_ONCE = 1024
 REMEMBERED_CHUNKS = 1 << 16
 REMEMBERED_CHUNK_BYTES = 64
 MAX_WORD_CHARS = 10_000
@@ -131,14 +132,9 @@ class BulkTokenizer:
     @cached_property
     def replacement_ids(self) -> np.ndarray:
         """int32[n]: ids a masked token may be replaced with at random: no special, no [unused]."""
-        return np.array(
-            sorted(
-                index
-                for token, index in self.vocabulary.items()
-                if token not in SPECIAL_TOKENS and not token.startswith("[unused")
-            ),
-            np.int32,
-        )
+        unused = [t for t in self.vocabulary if t in SPECIAL_TOKENS or t.startswith("[unused")]
+        kept = set(self.vocabulary.values()) - {self.vocabulary[token] for token in unused}
+        return np.array(sorted(kept), np.int32)
 
     @property
     def special_ids(self) -> tuple[int, ...]:
@@ -148,7 +144,7 @@ class BulkTokenizer:
         """Readable text of token ids, special tokens shown."""
         return self._full.decode([int(i) for i in ids], skip_special_tokens=False)
 
-    def encode_lines(self, text: bytes | bytearray) -> tuple[np.ndarray, np.ndarray]:
+    def encode_lines(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
         r"""Token ids of every line of `text`.
 
         Args:
@@ -157,14 +153,8 @@ class BulkTokenizer:
         Returns:
             ids (`self.dtype`, all lines back to back) and the tokens of each line (int32).
         """
-        slices = list(_slices(text))
-        if not slices:
-            return np.zeros(0, self.dtype), np.zeros(0, np.int32)
-        encode = self._encode_by_reference if self.slow_reason else self._encode_slice
-        ids, lengths = zip(*map(encode, slices), strict=True)
-        return np.concatenate(ids), np.concatenate(lengths)
-
-    def _encode_slice(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
+        if self.slow_reason:
+            return self._encode_by_reference(text)
         data = np.frombuffer(text, np.uint8)
         ids = np.empty(2 * len(data), self.dtype)
         lengths = np.zeros(text.count(b"\n") + 1, np.int32)
@@ -176,7 +166,7 @@ class BulkTokenizer:
                 self._cache, self._cache.view(np.uint64), *self._trie,
             )  # fmt: skip
             if is_done:
-                return ids[:count].copy(), lengths[: len(lengths) - text.endswith(b"\n")]
+                return ids[:count].copy(), lengths[: len(lengths) - (text[-1:] in b"\n")]
             match = _CHUNK.match(text, position)
             assert match
             chunk = match[0]
@@ -205,11 +195,15 @@ class BulkTokenizer:
             self._classes[ord(character)] = kind
 
     def _encode_by_reference(self, text: bytes) -> tuple[np.ndarray, np.ndarray]:
-        lines = text.removesuffix(b"\n").decode().split("\n")
-        answers = self._reference_ids(lines)
-        lengths = np.fromiter(map(len, answers), np.int32, len(answers))
-        flat = np.fromiter((i for a in answers for i in a), self.dtype, int(lengths.sum()))
-        return flat, lengths
+        lines = text.decode().split("\n")
+        lines = lines[: len(lines) - (not lines[-1])]
+        ids = [np.zeros(0, self.dtype)]
+        lengths: list[int] = []
+        for start in range(0, len(lines), LINES_AT_ONCE):  # its answers are large
+            answers = self._reference_ids(lines[start : start + LINES_AT_ONCE])
+            lengths += map(len, answers)
+            ids.append(np.fromiter(itertools.chain.from_iterable(answers), self.dtype))
+        return np.concatenate(ids), np.array(lengths, np.int32)
 
     def _reference_ids(self, texts: list[str]) -> list[list[int]]:
         encodings = self.reference.encode_batch_fast(texts, add_special_tokens=False)
@@ -299,15 +293,6 @@ def _why_slow(definition: dict) -> str:
         if not token["content"].isascii() or any(c <= " " or c == "\x7f" for c in token["content"]):
             return f"its added token {token['content']!r} may span white space"
     return ""
-
-
-def _slices(text: bytes | bytearray) -> Iterator[bytes]:
-    """Whole lines of about SLICE_BYTES."""
-    start = 0
-    while start < len(text):
-        stop = text.find(b"\n", start + SLICE_BYTES - 1) + 1 or len(text)
-        yield bytes(text[start:stop])
-        start = stop
 
 
 _CHUNK = re.compile(rb"[^ \t\r\n]+")

@@ -1,6 +1,7 @@
 """One block of text becomes one part: documents, sentences, ids, counts."""
 
 import json
+import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -70,10 +71,7 @@ class BlockWorker:
     def _documents(self, block: Block, source: Source, policy: Policy) -> Run:
         counts = policy.counts
         counts["documents_cut"] += bool(block.is_cut and block.payload)
-        if source.format == "sentences":
-            text, num_documents = readers.clean_lines(block, source, policy), None
-        else:
-            text, num_documents = self._sentence_lines(block, source, policy)
+        text, num_documents = self._text_of(block, source, policy)
         tokens, lengths = self.tokenizer.encode_lines(text)
         lines = text.split(b"\n")
         if not self.tokenizer.slow_reason:
@@ -101,25 +99,28 @@ class BlockWorker:
         counts["text_bytes"] += len(text)
         return tokens, lengths, sentences
 
-    def _sentence_lines(self, block: Block, source: Source, policy: Policy) -> tuple[bytes, int]:
-        """One sentence a line and blank lines between documents; the number of documents."""
+    def _text_of(self, block: Block, source: Source, policy: Policy) -> tuple[bytes, int | None]:
+        """One sentence a line and blank lines between documents; their number, if not so told."""
+        if source.format in ("text", "sentences"):
+            text = readers.clean_lines(block, source, policy)
+            if source.format == "text":
+                lines = text.split(b"\n")
+                text = b"\n".join(self._sentences(line.decode(), policy).encode() for line in lines)
+            return text, None
         texts = []
         for document in readers.documents_of(block, source, self.plan.options.text_field, policy):
             if isinstance(document, list):
-                lines = [_on_one_line(sentence) for sentence in document]
+                parts = [re.sub("[\r\n]", " ", sentence) for sentence in document]
             else:
-                lines = []
-                for paragraph in document.replace("\r", "\n").split("\n"):
-                    if paragraph and not paragraph.isspace():
-                        lines += self.split(paragraph, policy.counts)
-            lines = [line for line in lines if line and not line.isspace()]
+                parts = [self._sentences(part, policy) for part in re.split("[\r\n]", document)]
             # Encoded one by one: a rare character makes the text it stands in four times as large.
-            texts.append("\n".join([*lines, "", ""]).encode())
+            texts.append("\n".join([*(part for part in parts if part.strip()), "", ""]).encode())
         return b"".join(texts), len(texts)
 
-
-def _on_one_line(sentence: str) -> str:
-    return sentence.replace("\r", " ").replace("\n", " ")
+    def _sentences(self, paragraph: str, policy: Policy) -> str:
+        """Its sentences, one a line."""
+        found = self.split(paragraph, policy.counts) if paragraph.strip() else []
+        return "\n".join(sentence for sentence in found if sentence.strip())
 
 
 @njit(cache=True, nogil=True)
