@@ -28,12 +28,10 @@ def below(number, bound):
 
 def derive_key(seed: int, a: int, b: int) -> np.uint64:
     """A key for the stream (a, b) of a seed."""
-    return np.uint64(_derive(seed, a, b))
-
-
-@njit(cache=True)
-def _derive(seed, a, b):
-    return draw(draw(draw(np.uint64(seed), 0x5EED), a), b)
+    key = np.uint64(seed)
+    for part in (0x5EED, a, b):
+        key = np.uint64(draw(key, part))
+    return key
 
 
 @njit(cache=True)

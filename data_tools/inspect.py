@@ -29,6 +29,7 @@ COUNTED_TOKENS = 5_000_000  # words are counted over at most this many
 INDEXED_TOKENS = 1 << 28  # samples are counted over whole shards with about this many, and scaled
 RESOLVED_SAMPLES = 1_000_000  # the fill is measured on at most this many
 SHOWN_WORDS = 20
+BAR_WIDTH = 50
 SHOWN_FIELDS = {"num_documents", "num_sentences", "num_tokens", "has_special_tokens", "counts"}
 SENTENCE_BINS = (1, 5, 10, 20, 40, 80, 160, 320, 640)
 DOCUMENT_BINS = (1, 32, 64, 128, 256, 512, 1024, 4096, 16384, 65536)
@@ -138,18 +139,11 @@ def summarize(directory: Path, manifest: Manifest) -> str:
         f"{directory}: {manifest.num_documents:,} documents, {manifest.num_sentences:,} sentences, "
         f"{manifest.num_tokens:,} tokens in {len(manifest.shards)} shard(s)"
     )
-    rows = [
-        f"  {name.replace('_', ' '):<36}{count:>12,}"
-        for name, count in notable_counts(manifest).items()
-    ]
-    return "\n".join([line, *(["lost or changed on the way:"] if rows else []), *rows])
-
-
-def notable_counts(manifest: Manifest) -> dict[str, int]:
-    """The counts of what was lost or changed."""
     plain = {"documents_read", "documents_written", "sentences", "tokens", "text_bytes"}
     lost = lost_documents(Counter(manifest.counts))
-    return lost | {k: n for k, n in manifest.counts.items() if n and k not in plain | set(lost)}
+    changed = {k: n for k, n in manifest.counts.items() if n and k not in plain | set(lost)}
+    rows = [f"  {k.replace('_', ' '):<36}{n:>12,}" for k, n in (lost | changed).items()]
+    return "\n".join([line, *(["lost or changed on the way:"] if rows else []), *rows])
 
 
 def render(content: dict[str, Any]) -> str:
@@ -168,7 +162,8 @@ def render(content: dict[str, Any]) -> str:
     for name in ("sentence_tokens", "document_tokens"):
         table = content[name]
         lines.append(f"{name.replace('_', ' in ')}: mean {table['mean']}, longest {table['max']}")
-        lines += _bars(table["bins"])
+        scale = BAR_WIDTH / max(1, *table["bins"].values())
+        lines += [f"  {k:>14} {n:>12,} {'#' * round(scale * n)}" for k, n in table["bins"].items()]
     words = ", ".join(f"{word} {n:,}" for word, n in content["frequent_words"])
     lines += ["", f"most frequent words: {words}", ""]
     for length, s in content["samples"].items():
@@ -182,11 +177,6 @@ def render(content: dict[str, Any]) -> str:
         lines += ["", f"[{example['label']}, {example['num_tokens']} tokens] {example['text']}"]
         lines.append(f"  masked: {example['masked']}")
     return "\n".join(lines)
-
-
-def _bars(bins: dict[str, int], width: int = 50) -> list[str]:
-    most = max(bins.values()) or 1
-    return [f"  {k:>14} {n:>12,} {'#' * round(width * n / most)}" for k, n in bins.items()]
 
 
 # --- verification ---------------------------------------------------------------------------------

@@ -306,19 +306,18 @@ def _without_mark(block: Block, policy: Policy) -> bytes:
 def _is_good(line: bytes, number: int, block: Block, source: Source, policy: Policy) -> bool:
     try:
         line.decode()
+        if b"\0" not in line:
+            return True
+        hint = " (is this UTF-16?)" if line.count(b"\0") > len(line) // 3 else ""
+        kind, message = "lines_with_nul", f"NUL byte at column {line.index(0) + 1}{hint}; remove it"
     except UnicodeDecodeError as error:
         byte, column = line[error.start], error.start + 1
+        kind = "lines_invalid_utf8"
         message = (
             f"invalid UTF-8, byte 0x{byte:02x} at column {column}; convert the file (`iconv -f "
             f"WINDOWS-1252 -t UTF-8` if it is Windows text)"
         )
-        policy.bad("lines_invalid_utf8", partial(_located, source, block, number, message))
-        return False
-    if b"\0" not in line:
-        return True
-    hint = " (is this UTF-16?)" if line.count(b"\0") > len(line) // 3 else ""
-    message = f"NUL byte at column {line.index(0) + 1}{hint}; remove it"
-    policy.bad("lines_with_nul", partial(_located, source, block, number, message))
+    policy.bad(kind, partial(_located, source, block, number, message))
     return False
 
 

@@ -51,17 +51,13 @@ def _split(language: str, paragraph: str, counts: Counter[str]) -> list[str]:
         if len(pieces) > 1:
             pieces.pop()  # the window cut it short: it begins the next one
         else:
-            pieces = [paragraph[start : _space_after(paragraph, start + WINDOW_CHARS // 2)]]
+            # Behind the next white space: a cut inside a word would change its ids.
+            space = _SPACE.search(paragraph, start + WINDOW_CHARS // 2)
+            pieces = [paragraph[start : space.end() if space else len(paragraph)]]
             counts["sentences_split_again"] += 1
         sentences += pieces
         start += sum(map(len, pieces))
     return sentences + _segment(language, paragraph[start:], counts)
-
-
-def _space_after(text: str, position: int) -> int:
-    """Behind the next white space: a cut inside a word would change its ids."""
-    match = _SPACE.search(text, position)
-    return match.end() if match else len(text)
 
 
 def _segment(language: str, text: str, counts: Counter[str]) -> list[str]:
