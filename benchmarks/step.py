@@ -1,11 +1,11 @@
 """One optimizer step: packed, masked-only and fused, against the plain Hugging Face step, on a CPU.
 
-    python benchmarks/step.py --shards abstracts=DIR --shards articles=DIR [--json FILE]
+    OMP_NUM_THREADS=1 python benchmarks/step.py --shards abstracts=DIR [--shards ...] [--json FILE]
 
 Both make the same update from the same samples: forward and backward pass of both losses, gradient
 clipping, AdamW. The plain step pads every sample to the sequence length, computes logits at every
-position, and uses torch's default (unfused) AdamW. The two alternate, so that a noisy machine
-disturbs both alike; the ratio is the median over the pairs.
+position, and uses torch's default (unfused) AdamW. Seconds are CPU seconds. The two alternate, so
+that a noisy machine disturbs both alike; the ratio is the median over the pairs.
 """
 
 import argparse
@@ -42,9 +42,8 @@ def bert(**shape: int) -> BertForPreTraining:
 def batches_of(shards: Path, sequence_length: int, size: int, count: int) -> list[PackedBatch]:
     """The first samples of a run over these shards."""
     corpus = open_shards(shards)
-    tokenizer = corpus.tokenizer
     stream = SampleStream([corpus], [1.0], SampleOptions(sequence_length), seed=0)
-    rule = mask_rule(tokenizer, "token", 0.15)
+    rule = mask_rule(corpus.tokenizer, "token", 0.15)
     loader = Loader(stream, rule)
     return [loader.samples(k * size, size) for k in range(count)]
 
@@ -97,10 +96,10 @@ def compare(shards: Path, shape: str, sequence_length: int, repeats: int) -> dic
     seconds: dict[str, list[float]] = {"plain": [], "packed": []}
     for number, batch in enumerate(batches):
         for name, one in (("plain", plain), ("packed", packed)):
-            start = time.perf_counter()
+            start = time.process_time()
             one.step(batch)
             if number:  # the first pair warms up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(time.process_time() - start)
     ratios = [a / b for a, b in zip(seconds["plain"], seconds["packed"], strict=True)]
     tokens = sum(batch.num_tokens for batch in batches)
     return {
