@@ -272,7 +272,8 @@ def _keys_of(key, samples):
 # --- dealing --------------------------------------------------------------------------------------
 
 
-def deal(lengths: np.ndarray, num_bins: int) -> np.ndarray:
+@njit(cache=True)
+def deal(lengths, num_bins):
     """Deal samples to bins of equal count so that their tokens are as equal as can be.
 
     In rounds of one sample a bin, longest samples first: the longest of a round goes to the bin
@@ -284,14 +285,17 @@ def deal(lengths: np.ndarray, num_bins: int) -> np.ndarray:
     Returns:
         int64[num_bins, n / num_bins], sample numbers in ascending order within each bin.
     """
-    rounds = np.argsort(-lengths, kind="stable").reshape(-1, num_bins)
-    bins = np.empty((num_bins, len(rounds)), np.int64)
+    order = np.argsort(-lengths, kind="mergesort")
+    bins = np.empty((num_bins, len(lengths) // num_bins), np.int64)
     totals = np.zeros(num_bins, np.int64)
-    for number, samples in enumerate(rounds):
-        emptiest_first = np.argsort(totals, kind="stable")
-        bins[emptiest_first, number] = samples
-        totals[emptiest_first] += lengths[samples]
-    return np.sort(bins, axis=1)
+    for number in range(bins.shape[1]):
+        for rank, emptiest in enumerate(np.argsort(totals, kind="mergesort")):
+            sample = order[number * num_bins + rank]
+            bins[emptiest, number] = sample
+            totals[emptiest] += lengths[sample]
+    for number in range(num_bins):
+        bins[number].sort()
+    return bins
 
 
 # --- packing --------------------------------------------------------------------------------------
