@@ -6,9 +6,15 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+
+import psutil
+
+from tests.cluster.namespaces import init_of, start_namespace
 
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "munged")
 PACKAGES = ("slurm-wlm", "munge")
@@ -57,11 +63,16 @@ def wait_until(condition: Callable[[], object], seconds: float, what: str) -> No
 
 
 class Slurm:
-    """Two nodes n1 and n2 with four CPUs each; `stop` ends every process it started."""
+    """Two nodes n1 and n2 with four CPUs each.
+
+    They live in a process namespace of their own, which ends, with everything in it, at `stop` or
+    when this process dies in whatever way.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
         self.environment = dict(os.environ) | {
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "SLURM_CONF": str(root / "slurm.conf"),
             "MASTER_ADDR": "127.0.0.1",  # the names of the nodes mean nothing to a resolver
             "GLOO_SOCKET_IFNAME": "lo",
@@ -83,47 +94,45 @@ class Slurm:
                 port=first + 2, first=first, second=first + 1,
             )
         )  # fmt: skip
+        self.namespace = start_namespace("--mount-proc", "bash", "-c", "sleep infinity & wait")
         munge = self.root / "munge"
-        self.run(
+        self.start_daemon(
             "munged", "--force", f"--key-file={key}", f"--socket={munge}/socket",
             f"--pid-file={munge}/pid", f"--log-file={munge}/log", f"--seed-file={munge}/seed",
         )  # fmt: skip
-        self.run("slurmctld", "-c")
-        for node in NODES:
-            self.start_node(node)
+        self.start_daemon("slurmctld", "-c")
+        self.start_nodes(*NODES)
+
+    def start_daemon(self, *command: str) -> None:
+        self.run("nsenter", "-t", str(init_of(self.namespace)), "-p", "-m", *command)
+
+    def start_nodes(self, *nodes: str) -> None:
+        for node in nodes:
+            self.start_daemon("slurmd", "-N", node, "-b")
         wait_until(lambda: self.run("sinfo", "-h", "-o", "%D %t") == "2 idle", 60, "idle nodes")
 
-    def start_node(self, node: str) -> None:
-        self.run("slurmd", "-N", node, "-b")
-
     def stop(self) -> None:
-        for node in NODES:
-            self.kill_node(node)
-        for name in ("controller", "munge"):
-            self._kill(self.root / name / "pid")
+        self.namespace.kill()
+        self.namespace.wait()
+
+    def processes(self) -> list[dict[str, Any]]:
+        """Number, parent, command line and environment of everything on the two nodes."""
+        found = []
+        for process in psutil.Process(self.namespace.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                found.append(process.as_dict(["pid", "ppid", "name", "cmdline", "environ"]))
+        return found
 
     def kill_node(self, node: str) -> None:
         """What a power cut does: daemon, step daemons and tasks are gone at once."""
-        self._kill(self.root / node / "pid")
-        tasks = [
-            int(entry.name)
-            for entry in Path("/proc").iterdir()
-            if entry.name.isdigit() and self._is_task(entry, node)
-        ]
-        daemons = {parent for task in tasks if "slurmstepd" in _name_of(parent := _parent_of(task))}
+        everything = self.processes()
+        tasks = [p for p in everything if (p["environ"] or {}).get("SLURMD_NODENAME") == node]
+        parents = {p["ppid"] for p in tasks}
+        daemons = [p for p in everything if p["name"] == "slurmstepd" and p["pid"] in parents]
+        daemons += [p for p in everything if (p["cmdline"] or [])[:3] == ["slurmd", "-N", node]]
         for process in (*daemons, *tasks):
-            _kill_process(process)
-
-    def _is_task(self, entry: Path, node: str) -> bool:
-        wanted = {f"SLURMD_NODENAME={node}".encode(), f"SLURM_CONF={self.root}/slurm.conf".encode()}
-        try:
-            return wanted <= set((entry / "environ").read_bytes().split(b"\0"))
-        except OSError:
-            return False
-
-    def _kill(self, pid_file: Path) -> None:
-        if pid_file.is_file():
-            _kill_process(int(pid_file.read_text()))
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process["pid"], signal.SIGKILL)
 
     def run(
         self, *command: str | Path, is_checked: bool = True, extra: Mapping[str, str] | None = None
@@ -151,32 +160,13 @@ class Slurm:
         )
         return self.job(number, "JobState")
 
-    def hurry(self, number: str) -> None:
-        """A job that was put back may start now, not after two minutes."""
+    def hurry(self, number: str, *, seconds: int = 0) -> None:
+        """A job that was put back may start in so many seconds, not after two minutes."""
         wait_until(
             lambda: self.job(number, "JobState") == "PENDING", 60, f"{number} to be put back"
         )
-        self.run("scontrol", "update", f"jobid={number}", "StartTime=now")
+        self.run("scontrol", "update", f"jobid={number}", f"StartTime=now+{seconds}")
 
 
 def missing_programs() -> list[str]:
     return [program for program in PROGRAMS if not shutil.which(program)]
-
-
-def _parent_of(process: int) -> int:
-    try:
-        return int(Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[1])
-    except OSError:
-        return 0
-
-
-def _name_of(process: int) -> str:
-    try:
-        return Path(f"/proc/{process}/cmdline").read_text()
-    except OSError:
-        return ""
-
-
-def _kill_process(process: int) -> None:
-    with contextlib.suppress(ProcessLookupError):
-        os.kill(process, signal.SIGKILL)

@@ -2,11 +2,14 @@
 
 import os
 import shutil
-import signal
 import subprocess
-import time
 from collections.abc import Mapping
 from pathlib import Path
+
+import psutil
+
+from tests.cluster.namespaces import init_of, start_namespace
+from tests.cluster.slurm import wait_until
 
 PROGRAMS = ("/usr/sbin/sshd", "pdsh", "ip", "unshare", "nsenter")
 PACKAGES = ("openssh-server", "openssh-client", "pdsh", "iproute2")
@@ -49,7 +52,7 @@ class TwoHosts:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+        self.hosts: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
         root = self.root
@@ -65,76 +68,56 @@ class TwoHosts:
             (root / name).mkdir()
             (root / name / "config").write_text(SSH_CONFIG.format(root=root))
             boot = BOOT.format(root=root, name=name, address=address)
-            self.processes[name] = subprocess.Popen(
-                ["unshare", "--net", "--uts", "--mount", "--pid", "--fork", "--kill-child",
-                 "--propagation", "private", "bash", "-c", boot]
-            )  # fmt: skip
+            self.hosts[name] = start_namespace(
+                "--net", "--uts", "--mount", "--propagation", "private", "bash", "-c", boot
+            )
         ends = {name: f"t{os.getpid() % 100_000}{name[-1]}" for name in ADDRESSES}
         first, second = ends.values()
         _run("ip", "link", "add", first, "type", "veth", "peer", "name", second)
         for name, end in ends.items():
-            _run("ip", "link", "set", end, "netns", str(self.init_of(name)), "name", "eth0")
-        deadline = time.monotonic() + 30
-        while not all((root / f"{name}.up").exists() for name in ADDRESSES):
-            assert time.monotonic() < deadline, "the hosts did not come up"
-            time.sleep(0.05)
-
-    def init_of(self, name: str) -> int:
-        """The process that is number 1 inside."""
-        children = Path(
-            f"/proc/{self.processes[name].pid}/task/{self.processes[name].pid}/children"
+            _run("ip", "link", "set", end, "netns", str(init_of(self.hosts[name])), "name", "eth0")
+        wait_until(
+            lambda: all((root / f"{name}.up").exists() for name in ADDRESSES), 30, "the hosts"
         )
-        deadline = time.monotonic() + 10
-        while not (numbers := children.read_text().split()):
-            assert time.monotonic() < deadline, f"{name} did not start"
-            time.sleep(0.02)
-        return int(numbers[0])
+
+    def enter(self, name: str, *options: str) -> list[str]:
+        """The words before a command that is to run on a host."""
+        return ["nsenter", "-t", str(init_of(self.hosts[name])), "-n", "-u", "-m", "-p", *options]
 
     def popen(
-        self, name: str, *command: str | Path, extra: Mapping[str, str] | None = None
+        self, name: str, *command: str | Path, directory: Path, extra: Mapping[str, str]
     ) -> subprocess.Popen[str]:
         """Start a command on a host, as somebody logged in there would."""
-        environment = dict(os.environ) | {"GLOO_SOCKET_IFNAME": "eth0"} | dict(extra or {})
+        environment = dict(os.environ) | dict(extra)
         for variable in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             environment.pop(variable, None)
-        enter = [
-            "nsenter",
-            "-t",
-            str(self.init_of(name)),
-            "-n",
-            "-u",
-            "-m",
-            "-p",
-            f"--wd={os.getcwd()}",
-        ]
+        words = [*self.enter(name, f"--wd={directory}"), *(str(word) for word in command)]
         return subprocess.Popen(
-            [*enter, *(str(word) for word in command)],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-
-    def signal(self, name: str, pattern: str, number: signal.Signals) -> None:
-        """Send a signal to a process on a host whose command line contains `pattern`."""
-        enter = ["nsenter", "-t", str(self.init_of(name)), "-n", "-u", "-m", "-p"]
-        _run(*enter, "pkill", f"-{number.value}", "-f", "--oldest", pattern)
-
-    def ranks_on(self, name: str) -> int:
-        """Training processes that live on a host."""
-        enter = ["nsenter", "-t", str(self.init_of(name)), "-m", "-p"]
-        answer = subprocess.run(
-            [*enter, "pgrep", "-fc", "bert_cpt.train"], capture_output=True, text=True, check=False
+            words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        return int(answer.stdout or 0)
+
+    def replace_file(self, name: str, path: Path, other: Path) -> None:
+        """On this host, what stands under `path` is from now on `other`."""
+        _run(*self.enter(name), "mount", "--bind", other, path)
+
+    def ranks_on(self, name: str) -> list[psutil.Process]:
+        """Training processes that live on a host."""
+        return [
+            process
+            for process in psutil.Process(self.hosts[name].pid).children(recursive=True)
+            if "bert_cpt.train" in (words := process.cmdline()) and "--config" in words
+            and "-m" in words and "deepspeed.launcher.launch" not in words
+        ]  # fmt: skip
 
     def cut_power(self, name: str) -> None:
         """No packet leaves the host any more, then everything in it is gone."""
-        enter = ["nsenter", "-t", str(self.init_of(name)), "-n"]
-        _run(*enter, "ip", "link", "set", "eth0", "down")
-        self.processes.pop(name).kill()
+        _run(*self.enter(name), "ip", "link", "set", "eth0", "down")
+        self.hosts.pop(name).kill()
 
     def stop(self) -> None:
-        for process in self.processes.values():  # number 1 of a namespace takes all with it
-            process.kill()
-            process.wait()
+        for host in self.hosts.values():
+            host.kill()
+            host.wait()
 
 
 def missing_programs() -> list[str]:
