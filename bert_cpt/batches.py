@@ -121,10 +121,8 @@ def mixing_pattern(weights: Sequence[float]) -> np.ndarray:
         counts[largest] += 1
     if (counts == 0).any():
         k = int(np.flatnonzero(counts == 0)[0])
-        raise UserError(
-            f"data.corpora: weight {weights[k]} of corpus {k} is less than 1/{PATTERN} of the sum "
-            f"{sum(weights)}; raise it or leave the corpus out"
-        )
+        share = f"weight {weights[k]} of corpus {k} is less than 1/{PATTERN} of {sum(weights)}"
+        raise UserError(f"data.corpora: {share}; raise it or leave the corpus out")
     # The j-th of n samples of a corpus stands at (j + 1/2) / n of the pattern, as near as may be.
     places = np.concatenate([(np.arange(n) + 0.5) / n for n in counts])
     owners = np.repeat(np.arange(len(counts)), counts)
@@ -222,14 +220,6 @@ class SampleStream:
         """int64[corpora]: how many of the first `num_samples` come from each corpus."""
         rounds, rest = divmod(num_samples, PATTERN)
         return rounds * self.before[:, -1] + self.before[:, rest]
-
-    def epochs(self, num_samples: int) -> list[float]:
-        """Epochs of each corpus seen after `num_samples`."""
-        result = []
-        for index, count in zip(self.indexes, self.corpus_counts(num_samples), strict=True):
-            epoch, start = index.epoch_of(int(count))
-            result.append(epoch + (int(count) - start) / len(index.get(epoch)))
-        return result
 
     def take(self, first: int, count: int) -> tuple[Segments, np.ndarray]:
         """Segments and mask keys (uint64[count]) of samples `first` to `first + count` - 1."""
@@ -331,10 +321,8 @@ def assemble(
         corpus, rule, segments, keys, cu_seqlens, ids, types, positions, masked, labels
     )
     if bad_shard >= 0:
-        raise UserError(
-            f"shard {bad_shard}: holds a token id outside the vocabulary of {len(rule.flags)}; the "
-            f".bin file is damaged: run `bert-cpt verify`"
-        )
+        problem = f"holds a token id outside the vocabulary of {len(rule.flags)}"
+        raise UserError(f"shard {bad_shard}: {problem}; it is damaged: run `bert-cpt verify`")
     return PackedBatch(
         ids, types, positions, cu_seqlens, masked[:count].copy(), labels[:count].copy(),
         next_labels, sample_numbers,
@@ -392,10 +380,6 @@ class BatchShape:
     @property
     def num_bins(self) -> int:
         return self.train_batch_size // self.micro_batch_size
-
-    @property
-    def gradient_accumulation_steps(self) -> int:
-        return self.num_bins // self.world_size
 
 
 @dataclass

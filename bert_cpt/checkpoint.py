@@ -108,10 +108,8 @@ class Checkpointer:
         needed = sum(t.nbytes for group in tensors.values() for t in group.values())
         free = shutil.disk_usage(self.directory).free
         if free < needed + (64 << 20):
-            raise OSError(
-                f"{self.directory}: a checkpoint needs {needed / 2**30:.2f} GiB, "
-                f"{free / 2**30:.2f} GiB are free"
-            )
+            sizes = f"{needed / 2**30:.2f} GiB, {free / 2**30:.2f} GiB are free"
+            raise OSError(f"{self.directory}: a checkpoint needs {sizes}")
         self._writing = self._thread.submit(self._write, tensors, state)
 
     def finish(self) -> None:
@@ -220,10 +218,8 @@ def find_checkpoint(run_dir: Path) -> tuple[Path, CheckpointState] | None:
         except UserError as error:
             logger.error("%s; trying the one before it", error)
     if found:
-        raise UserError(
-            f"{run_dir}: none of its {len(found)} checkpoints is valid; choose another "
-            f"run.output_dir to start afresh"
-        )
+        reason = f"none of its {len(found)} checkpoints is valid"
+        raise UserError(f"{run_dir}: {reason}; choose another run.output_dir to start afresh")
     return None
 
 
@@ -235,8 +231,7 @@ def read_state(directory: Path) -> CheckpointState:
             raise UserError(f"{path}: larger than {MAX_STATE_BYTES >> 20} MiB: damaged")
         state = CheckpointState.model_validate_json(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, ValidationError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: missing or damaged ({reason})") from error
+        raise UserError(f"{path}: missing or damaged ({str(error).splitlines()[0]})") from error
     if state.version != VERSION:
         raise UserError(f"{path}: version {state.version}, expected {VERSION}")
     if state.digest != state.own_digest():

@@ -196,13 +196,11 @@ class Config(_Section):
         """Raise UserError unless every phase divides among `world_size` ranks."""
         for phase in self.phases:
             unit = phase.micro_batch_size * world_size
-            if phase.train_batch_size % unit:
-                batch = phase.train_batch_size
+            if (batch := phase.train_batch_size) % unit:
                 raise UserError(
                     f"train.train_batch_size={batch} does not divide into micro-batches of "
                     f"{phase.micro_batch_size} on {world_size} ranks; set it to a multiple of "
-                    f"{unit} (such as {max(unit, batch // unit * unit)}) or change "
-                    f"train.micro_batch_size"
+                    f"{unit}, such as {max(unit, batch // unit * unit)}, or that to another size"
                 )
 
     def as_toml(self) -> str:

@@ -160,10 +160,7 @@ def evaluation_table(results: Mapping[str, Evaluation], new: list[str]) -> str:
 
 def check_tokenizer(checkpoint: str, corpus: ShardSet) -> None:
     """Raise UserError if the shards were written with another tokenizer than the checkpoint's."""
-    try:
-        tokenizer = load_tokenizer(checkpoint)
-    except UserError as error:
-        raise UserError(f"{checkpoint}: has no usable tokenizer ({error})") from error
+    tokenizer = load_tokenizer(checkpoint)
     if tokenizer.identity == corpus.manifest.tokenizer.identity:
         return
     ours, theirs = tokenizer.vocabulary.items(), corpus.tokenizer.vocabulary.items()

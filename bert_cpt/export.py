@@ -70,10 +70,8 @@ def export(checkpoint: str, output: Path, kind: ExportKind = "pretraining") -> l
     try:
         model, info = from_pretrained(CLASSES[kind], checkpoint)
         if missing := sorted(info["missing_keys"]):
-            raise UserError(
-                f"{checkpoint}: lacks {', '.join(missing[:4])}; it cannot be exported as {kind}: "
-                f"try --as masked-lm or --as encoder"
-            )
+            names = ", ".join(missing[:4])
+            raise UserError(f"{checkpoint}: lacks {names}; try --as masked-lm or --as encoder")
         aside.mkdir(parents=True)
         model.save_pretrained(aside)
         copy_tokenizer(Path(checkpoint), aside)

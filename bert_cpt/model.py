@@ -55,10 +55,8 @@ class LoadReport:
     def as_text(self) -> str:
         """A few plain lines for a person."""
         if self.init == "scratch":
-            return (
-                f"model: {self.num_parameters / 1e6:.1f} M parameters, all new (init = scratch; "
-                f"only the configuration comes from {self.checkpoint})"
-            )
+            size = f"{self.num_parameters / 1e6:.1f} M parameters"
+            return f"model: {size}, all new (the configuration is that of {self.checkpoint})"
         text = (
             f"model: {self.num_parameters / 1e6:.1f} M parameters; {len(self.loaded)} tensors from "
             f"{self.checkpoint}, {len(self.new)} start new, {len(self.ignored)} of it ignored"
@@ -163,9 +161,8 @@ def from_pretrained(model_class: type, checkpoint: str, **options: Any) -> tuple
     except (OSError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:300]
         raise UserError(
-            f"{checkpoint}: cannot be loaded ({reason}); a model.safetensors is expected, pickled "
-            f"weights (pytorch_model.bin) are not read: convert them with transformers' "
-            f"save_pretrained"
+            f"{checkpoint}: cannot be loaded ({reason}); expected a model.safetensors: pickled "
+            f"weights (.bin) are not read, transformers' save_pretrained converts them"
         ) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -174,15 +171,10 @@ def from_pretrained(model_class: type, checkpoint: str, **options: Any) -> tuple
 def _check_loaded(checkpoint: str, info: Any) -> None:
     if info["mismatched_keys"]:
         name, found, expected = sorted(info["mismatched_keys"])[0]
-        raise UserError(
-            f"{checkpoint}: {name} has shape {tuple(found)}, but its config.json asks for "
-            f"{tuple(expected)}; weights and configuration do not belong together"
-        )
+        shapes = f"{name} has shape {tuple(found)}, its config.json asks for {tuple(expected)}"
+        raise UserError(f"{checkpoint}: {shapes}; they do not belong together")
     if "bert.embeddings.word_embeddings.weight" in info["missing_keys"]:
-        raise UserError(
-            f"{checkpoint}: its weights hold no BERT encoder (no word embeddings); expected a BERT "
-            f"checkpoint"
-        )
+        raise UserError(f"{checkpoint}: holds no BERT encoder (no word embeddings)")
 
 
 def freeze(model: Bert, *, embeddings: bool, num_layers: int) -> int:

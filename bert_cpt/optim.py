@@ -72,8 +72,8 @@ def make_optimizer(
         if ds_config.stage or ds_config.precision != "fp32":
             raise UserError(
                 f"optimizer.name=lamb with ZeRO stage {ds_config.stage} and {ds_config.precision}: "
-                f"DeepSpeed flattens parameters there, and LAMB's trust ratio would be that of the "
-                f"flat buffer, not of each tensor; use ds_configs/zero0_fp32.json or adamw"
+                f"its trust ratio would be that of DeepSpeed's flat buffer, not of each tensor; "
+                f"use ds_configs/zero0_fp32.json or adamw"
             )
         from deepspeed.ops.lamb import FusedLamb
 

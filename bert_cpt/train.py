@@ -168,9 +168,8 @@ def prepare_run_dir(
         check_resumable(state, config, corpus_fingerprints(setup.corpora))
         if state.precision != ds_config.precision and setup.is_auto_precision:
             raise UserError(
-                f"{path}: trained in {state.precision}, but {config.train.deepspeed_config} gives "
-                f"{ds_config.precision} on this hardware; choose a precision explicitly with "
-                f"train.deepspeed_config=ds_configs/zero1_{ds_config.precision}.json"
+                f'{path}: trained in {state.precision}, here "auto" means {ds_config.precision}; '
+                f"choose one, as in train.deepspeed_config=ds_configs/zero1_{state.precision}.json"
             )
         if state.train.global_step >= config.total_steps and (run_dir / "final").exists():
             return "complete"
