@@ -136,7 +136,7 @@ def evaluate_checkpoint(
     limit = bert.config.max_position_embeddings
     if sequence_length > limit:
         raise UserError(f"--sequence-length {sequence_length}: the checkpoint has only {limit}")
-    model, world, results = PretrainingModel(bert).to(device), World(0, 1, 0, device), {}
+    model, world, results = PretrainingModel(bert).to(device), World(0, 1, device), {}
     with eval_mode(model):
         for name, corpus in corpora.items():
             results[name] = evaluate(

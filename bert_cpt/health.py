@@ -76,7 +76,7 @@ def check_health(world: World, config: Config) -> list[dict[str, Any]]:
     world.barrier()  # left by all ranks at nearly the same time
     ranks = world.gather({**mine, "clock": time.time(), "free_temporary_bytes": free})
     world.raise_any(shared_device(ranks, world.rank))
-    for warning in [*find_warnings(ranks), *(_disk_warnings(config) if world.is_main else [])]:
+    for warning in find_warnings(ranks, config):
         logger.warning("%s", warning)
     clocks = [each["clock"] for each in ranks]
     hosts = list(dict.fromkeys(each["host"] for each in ranks))
@@ -96,7 +96,7 @@ def shared_device(ranks: list[dict[str, Any]], rank: int) -> str:
     return f"shares {places[rank][1]} with rank {owner}; start one task a GPU"
 
 
-def find_warnings(ranks: list[dict[str, Any]]) -> list[str]:
+def find_warnings(ranks: list[dict[str, Any]], config: Config) -> list[str]:
     """What may go wrong later, in words."""
     warnings = []
     for host, each in {each["host"]: each for each in ranks}.items():
@@ -108,15 +108,13 @@ def find_warnings(ranks: list[dict[str, Any]]) -> list[str]:
             )
         if free < MIN_TEMPORARY_BYTES:
             warnings.append(f"{host}: only {free >> 20} MiB free for temporary files")
-    return warnings
-
-
-def _disk_warnings(config: Config) -> list[str]:
     free = shutil.disk_usage(config.run.output_dir).free / 2**30
     kept = config.checkpoint.keep_last + 1  # the oldest goes when the newest is there
     needed = kept * NUM_CHECKPOINT_COPIES * (_weights_bytes(config) or 0) / 2**30
-    warning = f"{free:.1f} GiB free, but {kept} checkpoints take about {needed:.1f} GiB"
-    return [f"{config.run.output_dir}: {warning}"] if free < needed else []
+    if free < needed:
+        warning = f"{free:.1f} GiB free, but {kept} checkpoints take about {needed:.1f} GiB"
+        warnings.append(f"{config.run.output_dir}: {warning}")
+    return warnings
 
 
 def _weights_bytes(config: Config) -> int | None:

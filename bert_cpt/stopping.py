@@ -35,7 +35,8 @@ class StopSignal:
     def __init__(self, max_seconds: int | None, stop_file: Path | None = None) -> None:
         self.stop_file = stop_file
         self.started = self._next_look = time.monotonic()
-        self.deadline = self.started + min(max_seconds or math.inf, _slurm_seconds_left())
+        slurm_seconds = float(os.environ.get("SLURM_JOB_END_TIME", "inf")) - time.time()
+        self.deadline = self.started + min(max_seconds or math.inf, slurm_seconds)
         self.margin_seconds = FIRST_MARGIN_SECONDS
         self.reason = "another rank"
         self._is_signalled = False
@@ -64,11 +65,6 @@ class StopSignal:
                 self.reason = str(self.stop_file)
                 self._is_signalled = True
         return self._is_signalled
-
-
-def _slurm_seconds_left() -> float:
-    """Seconds until Slurm ends this job; without end outside Slurm."""
-    return float(os.environ.get("SLURM_JOB_END_TIME", "inf")) - time.time()
 
 
 class Watchdog(threading.Thread):

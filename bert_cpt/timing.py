@@ -102,8 +102,8 @@ class Interval:
         self.world, self.ceiling = world, ceiling
         self.watch = Stopwatch(world.device)
         self.meter = CommunicationMeter(world.device)
-        self.sums: dict[str, float] = defaultdict(float)
-        self.step_seconds = 0.0
+        self.steps: list[tuple[Phase, StepTotals, float]] = []
+        self.step_seconds = self.wait_seconds = 0.0
         self.last: dict[str, float] = {}
 
     def timed(self, steps: Iterator[Any]) -> Iterator[Any]:
@@ -114,7 +114,7 @@ class Interval:
             item = next(steps, None)
             if item is None:
                 return
-            self.sums["data_wait"] += time.perf_counter() - start
+            self.wait_seconds += time.perf_counter() - start
             self.watch.lap("data")
             yield item
 
@@ -129,11 +129,7 @@ class Interval:
 
     def add(self, phase: Phase, totals: StepTotals, rate: float, norm: float) -> None:
         """Count a step that is done."""
-        done = totals._asdict() | {"steps": 1, "seconds": self.step_seconds}
-        done |= {"samples": phase.train_batch_size}
-        done |= {"positions": phase.train_batch_size * phase.sequence_length}
-        for name, value in done.items():
-            self.sums[name] += value
+        self.steps.append((phase, totals, self.step_seconds))
         self.last = {"learning_rate": rate, "grad_norm": norm}
 
     def read(self, config: BertConfig) -> tuple[dict[str, Any], float]:
@@ -141,35 +137,38 @@ class Interval:
 
         `tokens_per_second` counts real tokens of all ranks, never padding.
         """
-        sums, split = self.sums, self.watch.read()
-        seconds = sums["seconds"] + sums["data_wait"]
+        phases, totals, step_seconds = zip(*self.steps, strict=True)
+        sums = type(totals[0])(*map(sum, zip(*totals, strict=True)))
+        tokens, pairs = sums.num_tokens, sums.num_pairs
+        positions = sum(phase.train_batch_size * phase.sequence_length for phase in phases)
+        seconds = sum(step_seconds) + self.wait_seconds
         communication_seconds, communication_bytes = self.meter.read()
-        tokens, masked, pairs = sums["num_tokens"], sums["num_masked"], sums["num_pairs"]
         flops = flops_per_token(
-            config, mean_square_length=sums["num_squares"] / tokens,
-            masked_share=masked / tokens, mean_length=tokens / sums["samples"],
+            config, mean_square_length=sums.num_squares / tokens,
+            masked_share=sums.num_masked / tokens,
+            mean_length=tokens / sum(phase.train_batch_size for phase in phases),
         )  # fmt: skip
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         if self.world.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.world.device) / 2**30
         values = {
-            "mlm_loss": sums["mlm_loss"] / max(masked, 1),
-            "nsp_loss": sums["nsp_loss"] / pairs if pairs else None,
-            "mlm_accuracy": sums["mlm_correct"] / max(masked, 1),
-            "nsp_accuracy": sums["nsp_correct"] / pairs if pairs else None,
+            "mlm_loss": sums.mean_mlm_loss,
+            "nsp_loss": sums.mean_nsp_loss if pairs else None,
+            "mlm_accuracy": sums.mlm_correct / max(sums.num_masked, 1),
+            "nsp_accuracy": sums.nsp_correct / pairs if pairs else None,
             **self.last,
             "tokens_per_second": tokens / seconds,
-            "positions_per_second": sums["positions"] / seconds,
-            "fill": tokens / sums["positions"],
+            "positions_per_second": positions / seconds,
+            "fill": tokens / positions,
             "mfu": tokens / seconds * flops / (self.ceiling * self.world.world_size),
-            "data_wait_share": sums["data_wait"] / seconds,
-            "time_share": {name: spent / seconds for name, spent in split.items()},
+            "data_wait_share": self.wait_seconds / seconds,
+            "time_share": {name: spent / seconds for name, spent in self.watch.read().items()},
             "communication_share": communication_seconds / seconds,
-            "communication_bytes_per_step": communication_bytes / sums["steps"],
+            "communication_bytes_per_step": communication_bytes / len(totals),
             "peak_memory_gib": peak,
         }
-        self.sums = defaultdict(float)
-        return values, seconds / sums["steps"]
+        self.steps, self.wait_seconds = [], 0.0
+        return values, seconds / len(totals)
 
 
 def flops_per_token(

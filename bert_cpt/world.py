@@ -33,7 +33,6 @@ class World:
 
     rank: int
     world_size: int
-    local_rank: int
     device: torch.device
 
     @property
@@ -215,4 +214,4 @@ def start_world() -> World:
         deepspeed.init_distributed(backend, timeout=COLLECTIVE_TIMEOUT, verbose=False)
         # Threads of gloo that outlive the interpreter abort the process, once in a while.
         atexit.register(dist.destroy_process_group)
-    return World(rank, world_size, local_rank, device)
+    return World(rank, world_size, device)

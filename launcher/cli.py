@@ -34,9 +34,6 @@ class Commands(TyperGroup):
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             code = 2
-        except KeyboardInterrupt:
-            print("interrupted", file=sys.stderr)
-            code = 130
         except (OSError, MemoryError) as error:  # a full disk, a vanished file system
             print(f"error: {error}; mend that and run the same command again", file=sys.stderr)
             code = 1

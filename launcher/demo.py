@@ -61,16 +61,17 @@ def run_demo(output: Path) -> int:
     if not model.exists():
         export(str(output / "run"), model)
     print("4/4  reloading with plain transformers and filling a mask", flush=True)
-    answers = _fill_mask(model)
+    from transformers import pipeline
+
+    answers = [answer["token_str"] for answer in pipeline("fill-mask", str(model))(QUESTION)]
     figures = json.loads((output / "run" / "evaluation.json").read_text())
     print(f"\n  {'held-out health':<16}{'before':>10}{'after':>10}")
     for name, form in (("mlm_loss", "10.3f"), ("mlm_accuracy", "10.1%"), ("nsp_accuracy", "10.1%")):
         values = (format(figures[when]["health"][name], form) for when in ("before", "after"))
         print(f"  {name.replace('_', ' '):<16}{''.join(values)}")
     print(f"\n  {QUESTION} -> {', '.join(answers)}\n")
-    print(f"  shards          {output / 'shards'}")
-    print(f"  run             {output / 'run'} (train.log, metrics.jsonl, checkpoints)")
-    print(f"  model           {output / 'model'} (any transformers program loads it)")
+    print(f"  {output} holds shards/, run/ (logs, metrics, checkpoints) and model/, which any")
+    print("  transformers program loads")
     return 0
 
 
@@ -86,9 +87,3 @@ def _shard(example: Path, checkpoint: Path, output: Path) -> None:
         manifest = build([str(text)], target, tokenizer, checkpoint.parent.name, options)
         assert manifest is not None
         print(summarize(target, manifest))
-
-
-def _fill_mask(model: Path) -> list[str]:
-    from transformers import pipeline
-
-    return [answer["token_str"] for answer in pipeline("fill-mask", str(model))(QUESTION)]

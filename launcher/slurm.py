@@ -58,9 +58,6 @@ class Job:
             raise UserError(
                 f"--container {self.container}: is split at blanks, quotes have no meaning there"
             )
-        for option in self.srun:
-            if not option.startswith("-"):
-                raise UserError(f"--srun {option}: expected an option, as in --srun=--x=y")
         return ranks
 
     def sbatch_command(self, config: Path, log: Path) -> list[str]:
