@@ -35,7 +35,7 @@ from data_tools.plan import (
     share_of,
 )
 from data_tools.readers import Block, Document, row_blocks
-from data_tools.shards import MANIFEST, Manifest, read_manifest
+from data_tools.shards import MANIFEST, TOKENIZER, Manifest, read_manifest
 from data_tools.sources import Source
 from data_tools.tokenizer import BulkTokenizer, load_tokenizer
 from data_tools.worker import BlockWorker
@@ -73,7 +73,7 @@ def build(
         return read_manifest(output)
     tasks, num_bytes = share_of(plan, output / BUILD, rank, world_size, workers)
     if not finish_only:
-        _run(plan, output, tasks, workers, num_bytes)
+        _run(plan, output, tokenizer, tasks, workers, num_bytes)
         if world_size > 1:
             return None
     return finish(plan, output, tokenizer, tokenizer_name, workers)
@@ -119,7 +119,7 @@ def write_shards(
     prepare_output(output, plan, loaded)
     rows = ((document, 0) for document in documents)
     blocks = row_blocks(rows, 0, options.block_bytes)
-    _run(plan, output, blocks, workers, 0)
+    _run(plan, output, loaded, blocks, workers, 0)
     return finish(plan, output, loaded, name, workers)
 
 
@@ -132,7 +132,7 @@ def _start_worker(plan: Plan, work: Path) -> None:
     global _worker  # a process of the pool serves one build
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    _worker = BlockWorker(plan, work)
+    _worker = BlockWorker(plan, work, load_tokenizer(work / TOKENIZER))
 
 
 def _die_with_parent() -> None:
@@ -149,8 +149,9 @@ def _run_in_worker(task: Block | int) -> tuple[int, Counter[str]]:
 
 
 def _run(
-    plan: Plan, output: Path, tasks: Iterable[Block | int], workers: int, num_bytes: int
-) -> None:
+    plan: Plan, output: Path, tokenizer: BulkTokenizer, tasks: Iterable[Block | int],
+    workers: int, num_bytes: int,
+) -> None:  # fmt: skip
     """Do all tasks, in this process or in `workers` of them."""
     work, tokens = output / BUILD, 0
     seconds = 0.1 if sys.stderr.isatty() else LOG_SECONDS
@@ -175,7 +176,7 @@ def _run(
 
     with bar:
         if workers == 1:
-            worker = BlockWorker(plan, work)
+            worker = BlockWorker(plan, work, tokenizer)
             for task in tasks:
                 add(*worker.run(task))
             return

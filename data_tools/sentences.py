@@ -25,9 +25,8 @@ Splitter = Callable[[str, Counter[str]], list[str]]
 
 SPLITTERS = ("sentencex", "none")
 WINDOW_CHARS = 4_000
-_WIDE = "\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-_MULTI_BYTE_SPACE = re.compile(f"[\u0085{_WIDE}]")
-_SPACE = re.compile(f"[ \t{_WIDE}]")  # where the tokenizer ends a word; it drops U+0085
+_WIDE = ["\u00a0", "\u1680", *map(chr, range(0x2000, 0x200B)), *"\u2028\u2029\u202f\u205f\u3000"]
+_SPACE = re.compile(f"[ \t{''.join(_WIDE)}]")  # where the tokenizer ends a word; it drops U+0085
 
 
 def make_splitter(name: str, language: str) -> Splitter:
@@ -61,17 +60,17 @@ def _split(language: str, paragraph: str, counts: Counter[str]) -> list[str]:
 
 
 def _segment(language: str, text: str, counts: Counter[str]) -> list[str]:
-    seen = text if text.isascii() else _MULTI_BYTE_SPACE.sub(" ", text)
+    seen = text
+    for space in () if text.isascii() else ("\u0085", *_WIDE):
+        seen = seen.replace(space, " ")
     try:
         pieces = sentencex.segment(language, seen)
-    except Exception:
-        raise
     except BaseException as error:  # a Rust panic; KeyboardInterrupt and the like must pass
         if type(error).__name__ != "PanicException":
             raise
         counts["paragraphs_not_split"] += 1
         return [text]
-    if seen is text:
+    if seen == text:
         return pieces
     ends = list(itertools.accumulate(map(len, pieces), initial=0))
     return [text[a:b] for a, b in itertools.pairwise(ends)]

@@ -1,7 +1,6 @@
 """One block of text becomes one part: documents, sentences, ids, counts."""
 
 import json
-import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -15,9 +14,9 @@ from data_tools.hashing import derive_key, hash_keys
 from data_tools.plan import Plan, part_prefix, stream
 from data_tools.readers import Block
 from data_tools.sentences import make_splitter
-from data_tools.shards import TOKENIZER, Run, write_shard
+from data_tools.shards import Run, write_shard
 from data_tools.sources import Policy, Source
-from data_tools.tokenizer import load_tokenizer
+from data_tools.tokenizer import BulkTokenizer
 
 CHECKED_LINES = 32  # of each block, compared with `tokenizers`
 
@@ -30,10 +29,10 @@ def keys_of(seed: int, source_index: int, block: int, num_documents: int) -> np.
 class BlockWorker:
     """Turns blocks into parts; one in each process."""
 
-    def __init__(self, plan: Plan, work: Path) -> None:
+    def __init__(self, plan: Plan, work: Path, tokenizer: BulkTokenizer) -> None:
         self.plan = plan
         self.work = work
-        self.tokenizer = load_tokenizer(work / TOKENIZER)
+        self.tokenizer = tokenizer
         self.split = make_splitter(plan.options.splitter, plan.options.language)
 
     def run(self, task: Block | int) -> tuple[int, Counter[str]]:
@@ -110,9 +109,10 @@ class BlockWorker:
         texts = []
         for document in readers.documents_of(block, source, self.plan.options.text_field, policy):
             if isinstance(document, list):
-                parts = [re.sub("[\r\n]", " ", sentence) for sentence in document]
+                parts = [s.replace("\r", " ").replace("\n", " ") for s in document]
             else:
-                parts = [self._sentences(part, policy) for part in re.split("[\r\n]", document)]
+                paragraphs = document.replace("\r", "\n").split("\n")
+                parts = [self._sentences(paragraph, policy) for paragraph in paragraphs]
             # Encoded one by one: a rare character makes the text it stands in four times as large.
             texts.append("\n".join([*(part for part in parts if part.strip()), "", ""]).encode())
         return b"".join(texts), len(texts)
