@@ -149,8 +149,8 @@ def main() -> None:
                 rows.append(row)
                 megabytes = row["communication_bytes_per_step"] / 1e6
                 print(
-                    f"{ranks} rank(s), ZeRO {stage}: {megabytes:8.1f} MB in collectives a step and "
-                    f"rank, {row['seconds_per_step']:.2f} s a step, {row['communication_share']:.0%} "
+                    f"{ranks} rank(s), ZeRO {stage}: {megabytes:8.1f} MB in collectives a rank and "
+                    f"step, {row['seconds_per_step']:.2f} s each, {row['communication_share']:.0%} "
                     f"of it in them, peak {row['peak_memory_gib']:.2f} GiB a rank",
                     flush=True,
                 )
