@@ -119,8 +119,10 @@ class BlockWorker:
 
     def _sentences(self, paragraph: str, policy: Policy) -> str:
         """Its sentences, one a line."""
-        found = self.split(paragraph, policy.counts) if paragraph.strip() else []
-        return "\n".join(sentence for sentence in found if sentence.strip())
+        if not paragraph or paragraph.isspace():
+            return ""
+        found = self.split(paragraph, policy.counts)
+        return "\n".join([s for s in found if s and not s.isspace()])
 
 
 @njit(cache=True, nogil=True)
