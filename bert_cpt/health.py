@@ -43,7 +43,7 @@ def compare_ranks(
         "DeepSpeed": ds_config.content,
         "content of data.corpora": corpora,
         "bytes of model.init_checkpoint": _weights_bytes(config),
-        "version of": package_versions(),
+        "versions": package_versions(),
     }
     world.raise_any(shortened(differences(mine, world.broadcast(mine)), MAX_NAMED))
 

@@ -60,7 +60,7 @@ def run_ranks(command: Sequence[str], num_ranks: int, *, grace_seconds: int = GR
 
 def _wait(processes: list[subprocess.Popen[bytes]], grace_seconds: int) -> int:
     deadline = math.inf
-    while any(process.poll() is None for process in processes):
+    while None in [process.poll() for process in processes]:  # polls every one
         if any(process.returncode not in (None, 0, 85) for process in processes):
             deadline = min(deadline, time.monotonic() + grace_seconds)
         if time.monotonic() > deadline:
