@@ -1,11 +1,13 @@
 """The build: the same bytes however it is run, killed or continued; nothing lost uncounted."""
 
+import errno
 import gzip
 import hashlib
 import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -284,6 +286,28 @@ def test_a_full_disk_is_a_clear_error_and_the_build_continues(
         build(inputs, output, tokenizer, "tiny", SMALL)
     assert not list(output.rglob("*.tmp"))
     assert not (output / "manifest.json").exists()
+    build(inputs, output, tokenizer, "tiny", SMALL)
+    assert digests(output) == digests(built)
+
+
+@pytest.mark.parametrize("limit", [1_000, 8_000, 15_000])  # of the plan, a part, a shard
+def test_a_build_continues_after_the_disk_would_take_no_more(
+    limit: int, inputs: list[str], tokenizer: BulkTokenizer, built: Path, tmp_path: Path
+) -> None:
+    """The kernel itself refuses to write: every file is limited to `limit` bytes."""
+    output = tmp_path / "out"
+
+    def run_out_of_room() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # then writing fails with an error
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            build(inputs, output, tokenizer, "tiny", SMALL)
+        except OSError as error:
+            os._exit(error.errno or 1)
+
+    assert in_child(run_out_of_room) == errno.EFBIG
+    assert not (output / "manifest.json").exists()
+    assert not list(output.rglob("*.tmp"))
     build(inputs, output, tokenizer, "tiny", SMALL)
     assert digests(output) == digests(built)
 
