@@ -47,7 +47,7 @@ SPLIT = ("pubmed_ccby", "pubmed_abstracts")
 BASELINE_BYTES = 2_000_000  # of each round go to the other side, the rest to us
 PUNKT_BYTES = 1_000_000
 VOWELS, CONSONANTS = b"aeiou", b"bcdfghjklmnpqrstvwxyz"
-SHARD_ALONE = """
+SHARD_ALONE = r"""
 import re, sys, time
 from pathlib import Path
 from data_tools.build import BuildOptions, build

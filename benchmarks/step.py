@@ -4,7 +4,9 @@
 
 Both make the same update from the same samples: forward and backward pass of both losses, gradient
 clipping, AdamW. The plain step pads every sample to the sequence length, computes logits at every
-position, and uses torch's default (unfused) AdamW. Seconds are CPU seconds. The two alternate, so
+position, and uses torch's default (unfused) AdamW. With `--original` the samples have the lengths
+that the pair procedure of the original BERT gives on the same text, which leaves more padding; they
+are cut out of the shard one after the other. Seconds are CPU seconds. The two alternate, so
 that a noisy machine disturbs both alike; the ratio is the median over the pairs.
 """
 
@@ -14,16 +16,18 @@ import statistics
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
+from index import original_procedure
 from transformers import BertConfig, BertForPreTraining
 
-from bert_cpt.batches import Loader, PackedBatch, SampleStream
+from bert_cpt.batches import Loader, PackedBatch, SampleStream, assemble
 from bert_cpt.config import OptimizerConfig
 from bert_cpt.masking import mask_rule
 from bert_cpt.model import PretrainingModel, pad, to_device
 from bert_cpt.optim import parameter_groups
 from data_tools import open_shards
-from data_tools.samples import SampleOptions
+from data_tools.samples import SampleOptions, Segments
 
 SHAPES = {
     "6x384": {"num_hidden_layers": 6, "hidden_size": 384, "num_attention_heads": 12},
@@ -39,12 +43,31 @@ def bert(**shape: int) -> BertForPreTraining:
     return BertForPreTraining(config).train()
 
 
-def batches_of(shards: Path, sequence_length: int, size: int, count: int) -> list[PackedBatch]:
+def batches_of(
+    shards: Path, sequence_length: int, size: int, count: int, *, is_original: bool = False
+) -> list[PackedBatch]:
     """The first samples of a run over these shards."""
     corpus = open_shards(shards)
     stream = SampleStream([corpus], [1.0], SampleOptions(sequence_length), seed=0)
     rule = mask_rule(corpus.tokenizer, "token", 0.15)
     loader = Loader(stream, rule)
+    if is_original:
+        shard = corpus.shards[0]
+        documents = np.split(shard.sentence_lengths, shard.document_index[1:-1])[:2000]
+        pairs = original_procedure([d.tolist() for d in documents], sequence_length, seed=0)
+        pairs = np.random.default_rng(0).permutation(pairs)[: size * count]
+        length_a, length_b, labels = pairs.T
+        starts = np.append(0, np.cumsum(length_a + length_b)[:-1])
+        where = np.zeros(len(pairs), np.int64)
+        segments = (where, starts, length_a, where, starts + length_a, length_b, labels)
+        keys = np.arange(len(pairs), dtype=np.uint64)
+        return [
+            assemble(
+                stream.all_shards, rule, Segments(*(f[rows].copy() for f in segments)), keys[rows],
+                np.arange(size),
+            )
+            for rows in np.arange(len(pairs)).reshape(-1, size)
+        ]  # fmt: skip
     return [loader.samples(k * size, size) for k in range(count)]
 
 
@@ -87,10 +110,12 @@ class Packed:
         return loss.item()
 
 
-def compare(shards: Path, shape: str, sequence_length: int, repeats: int) -> dict[str, float]:
+def compare(
+    shards: Path, shape: str, sequence_length: int, repeats: int, *, is_original: bool
+) -> dict[str, float]:
     """Median seconds of both and the median ratio, over alternating steps on the same batches."""
     size = 4096 // sequence_length
-    batches = batches_of(shards, sequence_length, size, repeats + 1)
+    batches = batches_of(shards, sequence_length, size, repeats + 1, is_original=is_original)
     plain = Plain(bert(**SHAPES[shape]), sequence_length)
     packed = Packed(bert(**SHAPES[shape]), sequence_length)
     seconds: dict[str, list[float]] = {"plain": [], "packed": []}
@@ -116,6 +141,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", action="append", required=True, metavar="NAME=DIR")
     parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--original", action="store_true", help="lengths of the original pairs")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, fp32")
@@ -125,7 +151,9 @@ def main() -> None:
         name, _, path = given.partition("=")
         for shape in SHAPES:
             for length in (128, 512):
-                row = compare(Path(path), shape, length, options.repeats)
+                row = compare(
+                    Path(path), shape, length, options.repeats, is_original=options.original
+                )
                 rows.append({"model": shape, "text": name, "sequence_length": length} | row)
                 spread = f"{row['ratio']:.2f} ({row['ratio_min']:.2f}-{row['ratio_max']:.2f})"
                 print(
