@@ -1,9 +1,13 @@
 """Hostfiles and what hosts are told, Slurm's variables, sbatch's words, ranks on one machine."""
 
+import math
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -11,6 +15,7 @@ from typer.testing import CliRunner, Result
 
 from bert_cpt import world
 from bert_cpt.config import load_config
+from bert_cpt.stopping import StopSignal
 from bert_cpt.world import first_host, read_environment, slurm_ranks
 from data_tools.errors import UserError
 from launcher.cli import app
@@ -23,6 +28,8 @@ from launcher.hosts import (
 )
 from launcher.local import run_ranks
 from launcher.slurm import SCRIPT
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 def bert_cpt(*arguments: object) -> Result:
@@ -326,6 +333,25 @@ def test_a_failed_array_task_is_tried_three_times_more_but_not_with_bad_input(
     result = run_script(script, "in", "--output", "out", SLURM_RESTART_COUNT=str(restarts))
     assert result.returncode == expected
     assert (tmp_path / "requeued").exists() == is_requeued
+
+
+def test_the_end_of_a_slurm_job_is_known_to_its_first_task(
+    fake_bin: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    end = datetime.now() + timedelta(seconds=3600)
+    try:
+        monkeypatch.setenv("SLURM_JOB_ID", "5")
+        for answer, expected in [(end.isoformat("T", "seconds"), 3600), ("N/A", math.inf)]:
+            program(fake_bin, "squeue", f'[[ "$*" == "-h -j 5 -o %e" ]] && echo {answer}')
+            left = StopSignal(None).deadline - time.monotonic()
+            assert left == pytest.approx(expected, abs=10)
+        monkeypatch.setenv("SLURM_PROCID", "1")
+        program(fake_bin, "squeue", "echo asked >&2; exit 1")
+        assert StopSignal(100).deadline - time.monotonic() == pytest.approx(100, abs=10)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 # --- one machine ----------------------------------------------------------------------------------
