@@ -15,7 +15,8 @@ alternate. Tokenizers are loaded, and compiled functions compiled, before.
   this one is trained on a part of the text that no round uses, which does not change its speed.
 - sentences: against `tokenizers.encode_batch_fast` alone, which writes nothing.
 - memory: the peak of a process that shards the articles once, and COPIES times under changed words
-  (the letters of each copy are exchanged, so that its words were never seen).
+  (the letters of each copy are exchanged, so that its words were never seen); the latter also with
+  the blocks of 32 MiB that a build takes above 128 GiB of input.
 """
 
 import argparse
@@ -59,7 +60,8 @@ def peak():  # ru_maxrss would count the parent's memory before exec
     return int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024
 
 before, start = peak(), time.process_time()
-build([sys.argv[1]], Path(sys.argv[3]), tokenizer, "benchmark", BuildOptions(format="text"))
+options = BuildOptions(format="text", block_bytes=int(sys.argv[4]))
+build([sys.argv[1]], Path(sys.argv[3]), tokenizer, "benchmark", options)
 seconds = time.process_time() - start
 print(seconds, peak(), before)
 """
@@ -185,22 +187,32 @@ def memory(corpus: Path, folder: Path, copies: int, work: Path) -> list[dict]:
     with gzip.open(corpus / "pubmed_ccby_raw_train.jsonl.gz") as file:
         texts = [json.loads(line)["text"].encode() for line in file]
     rows = []
-    for count in (1, copies):
+    for count, block_bytes in ((1, 8 << 20), (copies, 8 << 20), (copies, 32 << 20)):
         path = work / "large.txt"
         with open(path, "wb") as out:
             for copy in range(count):
                 out.writelines(exchanged(text, copy) + b"\n\n" for text in texts)
-        output = work / f"large{count}"
+        output = work / f"large{count}_{block_bytes}"
         command = [sys.executable, "-c", SHARD_ALONE, str(path), str(folder), str(output)]
+        command.append(str(block_bytes))
         answer = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         seconds, peak, before = map(float, answer.split())
         size = path.stat().st_size / 1e6
         print(
-            f"{count:3d}x the articles, {size:6.0f} MB: peak {peak:.0f} MiB (of them {before:.0f} "
-            f"MiB before the first byte), {size / seconds:.1f} MB per CPU second",
+            f"{count:3d}x the articles, {size:6.0f} MB, blocks of {block_bytes >> 20} MiB: peak "
+            f"{peak:.0f} MiB (of them {before:.0f} MiB before the first byte), "
+            f"{size / seconds:.1f} MB per CPU second",
             flush=True,
         )
-        rows.append({"copies": count, "mb": size, "peak_mib": peak, "cpu_seconds": seconds})
+        rows.append(
+            {
+                "copies": count,
+                "block_bytes": block_bytes,
+                "mb": size,
+                "peak_mib": peak,
+                "cpu_seconds": seconds,
+            }
+        )
     return rows
 
 
