@@ -205,7 +205,8 @@ def share_of(
     def is_read(index: int) -> bool:
         last = max(done[index], default=0)
         mine = {number for number in range(last) if is_mine(index, number)}
-        return mine <= done[index] and _is_last(part_prefix(work, index, last))
+        path = part_prefix(work, index, last).with_suffix(".json")
+        return mine <= done[index] and path.exists() and json.loads(path.read_text())["is_last"]
 
     def divided() -> Iterator[Block]:
         for index in left:
@@ -219,11 +220,6 @@ def share_of(
     if is_dealt_whole and len(left) >= workers:
         return itertools.chain(left, blocks), num_bytes
     return itertools.chain(blocks, divided()), num_bytes
-
-
-def _is_last(prefix: Path) -> bool:
-    path = prefix.with_suffix(".json")
-    return path.exists() and bool(json.loads(path.read_text())["is_last"])
 
 
 def stream(plan: Plan, index: int) -> Iterator[Block]:

@@ -206,11 +206,11 @@ def in_child(function: Callable[[], None]) -> int:
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("rename", [1, 2, 3, 20, 40, -9, -4, -3, -2, -1])
 def test_a_build_killed_at_any_moment_continues_to_the_same_bytes(
-    rename: int, when: str, inputs: list[str], tokenizer: BulkTokenizer, built: Path, tmp_path: Path
-) -> None:
+    rename: int, when: str, num_renames: int, inputs: list[str], tokenizer: BulkTokenizer,
+    built: Path, tmp_path: Path,
+) -> None:  # fmt: skip
     output = tmp_path / "out"
-    total = count_renames(inputs, tokenizer, tmp_path / "counted")
-    victim = rename if rename > 0 else total + 1 + rename
+    victim = rename if rename > 0 else num_renames + 1 + rename
 
     def run_and_die() -> None:
         done = 0
@@ -233,7 +233,12 @@ def test_a_build_killed_at_any_moment_continues_to_the_same_bytes(
     assert digests(output) == digests(built)
 
 
-def count_renames(inputs: list[str], tokenizer: BulkTokenizer, output: Path) -> int:
+@pytest.fixture(scope="module")
+def num_renames(
+    inputs: list[str], tokenizer: BulkTokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> int:
+    """How many files a build of the inputs renames."""
+    output = tmp_path_factory.mktemp("counted") / "shards"
     counted = multiprocessing.get_context("fork").Value("i", 0)
 
     def run() -> None:
@@ -315,9 +320,9 @@ def test_a_build_continues_after_the_disk_would_take_no_more(
 def test_a_killed_command_leaves_no_process_and_continues(
     tiny_tokenizer: Path, tmp_path: Path
 ) -> None:
-    texts = [" ".join(document) for document in generated_documents(2_000)] * 60
+    texts = [" ".join(document) for document in generated_documents(2_000)] * 40
     lines = [json.dumps({"text": f"{n} {text}"}) + "\n" for n, text in enumerate(texts)]
-    (tmp_path / "a.jsonl").write_text("".join(lines))  # 50 MB: 7 blocks
+    (tmp_path / "a.jsonl").write_text("".join(lines))  # 32 MB: 4 blocks
 
     def command(output: str, workers: int) -> list[str]:
         return [
@@ -337,7 +342,7 @@ def test_a_killed_command_leaves_no_process_and_continues(
     assert not (tmp_path / "killed" / "manifest.json").exists()
 
     process = subprocess.Popen(command("killed", 2), stderr=subprocess.PIPE, text=True)
-    wait_for_parts(tmp_path / "killed", 3)
+    wait_for_parts(tmp_path / "killed", 2)
     for worker in psutil.Process(process.pid).children(recursive=True):
         if "spawn_main" in " ".join(worker.cmdline()):
             worker.kill()
@@ -691,6 +696,32 @@ def test_line_ends_and_marks_make_no_difference(
         assert result.exit_code == 0
     assert shard_bytes(tmp_path / "other" / "out") == shard_bytes(tmp_path / "plain" / "out")
     assert open_shards(tmp_path / "other" / "out").manifest.num_documents == 30
+
+
+@pytest.mark.parametrize("text", ["\u00a0\n\u3000\n \t\n", "\u200b\n\x01\n"])
+def test_text_that_only_looks_like_text_is_a_clear_error(
+    text: str, tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    common = ("--output", tmp_path / "out", "--tokenizer", tiny_tokenizer)
+    for on_error in ("fail", "skip"):
+        result = shard(tmp_path / "a.txt", *common, "--on-error", on_error)
+        assert result.exit_code == 2
+        assert "no document with any text" in result.stderr
+        assert not (tmp_path / "out" / "manifest.json").exists()
+
+
+def test_special_tokens_in_the_text_become_plain_words(
+    tiny_tokenizer: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "a.txt").write_text("[CLS] ba [MASK] bo. [SEP] [PAD]\n[UNK] lu.\n\nDo. [MASK]\n")
+    result = shard(tmp_path / "a.txt", "--output", tmp_path / "out", "--tokenizer", tiny_tokenizer)
+    assert result.exit_code == 0
+    tokenizer = load_tokenizer(tiny_tokenizer)
+    special = {tokenizer.cls_id, tokenizer.sep_id, tokenizer.mask_id, tokenizer.pad_id}
+    (found,) = open_shards(tmp_path / "out").shards
+    assert not special & set(found.tokens.tolist())
+    assert found.num_documents == 2
 
 
 def test_one_sentence_documents_are_kept(tiny_tokenizer: Path, tmp_path: Path) -> None:
