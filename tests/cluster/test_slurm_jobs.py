@@ -135,16 +135,6 @@ def uninterrupted(
     return run_dir
 
 
-def test_a_job_saves_before_its_time_limit_comes_back_and_ends_as_if_nothing_had_been(
-    limited: tuple[Path, int, str], uninterrupted: Path
-) -> None:
-    run_dir, steps, log = limited
-    assert log.count("saved and put back in the queue") == 1
-    assert log.index("start 1,") < log.index("; saved") < log.index("start 2,"), "appended"
-    assert "resumed from" in log
-    assert_as_uninterrupted(run_dir / "final", uninterrupted / "checkpoints" / f"step_{steps:08}")
-
-
 def test_a_node_that_dies_brings_the_job_back(stricken: dict[str, Any]) -> None:
     assert "stopped: " in stricken["after_death"], "the other rank says why it ends"
     first, second = stricken["log"].split("start 2,")[:2]
@@ -157,6 +147,16 @@ def test_scancel_saves_and_the_job_stays_away(stricken: dict[str, Any]) -> None:
     stopped = [line for line in stricken["log"].splitlines() if "stopped at step" in line]
     assert len(stopped) == 1
     assert f"stopped at step {stricken['cancelled_at']} " in stopped[0]
+
+
+def test_a_job_saves_before_its_time_limit_comes_back_and_ends_as_if_nothing_had_been(
+    limited: tuple[Path, int, str], uninterrupted: Path
+) -> None:
+    run_dir, steps, log = limited
+    assert log.count("saved and put back in the queue") == 1
+    assert log.index("start 1,") < log.index("; saved") < log.index("start 2,"), "appended"
+    assert "resumed from" in log
+    assert_as_uninterrupted(run_dir / "final", uninterrupted / "checkpoints" / f"step_{steps:08}")
 
 
 def test_a_run_survives_a_dead_node_and_scancel_without_a_trace(

@@ -4,11 +4,15 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 from transformers import BertConfig, BertForPreTraining
 from typer.testing import CliRunner, Result
 
+from bert_cpt.batches import PackedBatch
 from bert_cpt.config import load_config
+from bert_cpt.model import PretrainingModel, to_device
 from bert_cpt.setup import check_setup
 from bert_cpt.timing import flops_per_token
 from bert_cpt.train import phase_loader
@@ -80,6 +84,49 @@ def test_activations_know_what_makes_them_fewer(tiny_config: Path) -> None:
     padded = load_config(tiny_config, ["model.attention=padded"])
     logits = 10 * BASE.vocab_size * 128
     assert activation_bytes(padded, BASE, 128, "bf16") - full > 0.8 * logits
+
+
+def full_batch(num_samples: int, length: int) -> PackedBatch:
+    """Samples of the full length, 15 % of the tokens masked."""
+    total = num_samples * length
+    ids = np.random.default_rng(0).integers(1000, 30_000, total).astype(np.int32)
+    positions = np.tile(np.arange(length, dtype=np.int32), num_samples)
+    masked = np.arange(int(0.15 * total), dtype=np.int32) * 6
+    return PackedBatch(
+        ids, np.zeros(total, np.int32), positions,
+        np.arange(num_samples + 1, dtype=np.int32) * length, masked,
+        ids[masked].astype(np.int64), np.zeros(num_samples, np.int64), np.arange(num_samples),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("hidden", "layers", "num_samples", "length", "dropout"),
+    [(256, 4, 8, 128, 0.1), (256, 4, 8, 128, 0.0), (384, 6, 8, 128, 0.1), (384, 6, 4, 512, 0.1)],
+)
+def test_planned_activations_hold_what_autograd_saves_and_not_much_more(
+    tiny_config: Path, hidden: int, layers: int, num_samples: int, length: int, dropout: float
+) -> None:
+    bert = BertConfig(
+        hidden_size=hidden, num_hidden_layers=layers, num_attention_heads=hidden // 64,
+        intermediate_size=4 * hidden, hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = PretrainingModel(BertForPreTraining(bert).train(), "packed")
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    saved: dict[int, int] = {}
+
+    def save(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
+        model(to_device(full_batch(num_samples, length), torch.device("cpu"), length))
+    measured = sum(saved.values())
+    planned = num_samples * activation_bytes(load_config(tiny_config), bert, length, "fp32")
+    print(f"{hidden}x{layers}, {num_samples} x {length}: {measured} saved, {planned} planned")
+    assert measured < planned < 1.35 * measured
 
 
 def test_samples_epochs_and_time_are_those_of_the_run(tiny_config: Path) -> None:
