@@ -45,7 +45,7 @@ def adopt(
     shards = [Shard(path) for path in paths]
     if len({shard.dtype for shard in shards}) > 1:
         raise UserError("--adopt: the data sets differ in their width of ids; adopt them apart")
-    specials = [_check_tokens(shard, tokenizer) for shard in shards]  # all are checked
+    specials = [_holds_special(shard, tokenizer) for shard in shards]  # all are checked
     if any(specials):
         logger.warning(
             "%s: its sentences hold [CLS] or [SEP], which will stand inside the samples too; they "
@@ -74,16 +74,10 @@ def _without_suffix(path: Path) -> Path:
     return path.with_suffix("") if path.suffix in (".bin", ".idx") else path
 
 
-def _check_tokens(shard: Shard, tokenizer: BulkTokenizer) -> bool:
+def _holds_special(shard: Shard, tokenizer: BulkTokenizer) -> bool:
     """Whether a data set holds [CLS] or [SEP]; raises UserError for ids that cannot be right."""
     shard.check_structure()
-    has_special = False
-    for start in range(0, len(shard.tokens), READ_TOKENS):
-        tokens = shard.tokens[start : start + READ_TOKENS]
-        if tokens.min() < 0 or tokens.max() >= tokenizer.vocab_size:
-            raise UserError(
-                f"{shard.prefix}.bin: holds token id {tokens.max()}, but the tokenizer has "
-                f"{tokenizer.vocab_size} entries; give the --tokenizer it was made with"
-            )
-        has_special |= bool(np.isin(tokens, (tokenizer.cls_id, tokenizer.sep_id)).any())
-    return has_special
+    shard.check_ids(tokenizer.vocab_size)
+    special = (tokenizer.cls_id, tokenizer.sep_id)
+    starts = range(0, len(shard.tokens), READ_TOKENS)
+    return any(np.isin(shard.tokens[at : at + READ_TOKENS], special).any() for at in starts)

@@ -208,7 +208,9 @@ def verify(directory: Path) -> list[str]:
             with noted():
                 _check_file(Path(f"{prefix}.idx"), record.idx_bytes, record.idx_sha256)
             with noted():
-                _check_content(Path(prefix), manifest.tokenizer.vocab_size)
+                shard = Shard(Path(prefix))
+                shard.check_structure()
+                shard.check_ids(manifest.tokenizer.vocab_size)
         with noted():
             path = directory / TOKENIZER
             if not path.is_file():
@@ -225,10 +227,3 @@ def _check_file(path: Path, size: int, digest: str) -> None:
         raise UserError(f"{path}: {path.stat().st_size} bytes, the manifest says {size}")
     if sha256_of(path) != digest:
         raise UserError(f"{path}: its SHA-256 is not the manifest's")
-
-
-def _check_content(prefix: Path, vocab_size: int) -> None:
-    shard = Shard(prefix)
-    shard.check_structure()
-    if len(shard.tokens) and (shard.tokens.max() >= vocab_size or shard.tokens.min() < 0):
-        raise UserError(f"{prefix}.bin: holds a token id outside the vocabulary of {vocab_size}")

@@ -194,6 +194,15 @@ class Shard:
                 f"{self.num_sentences}: the index is damaged"
             )
 
+    def check_ids(self, vocab_size: int) -> None:
+        """Raise UserError if an id is outside a vocabulary."""
+        least, most = self.tokens.min(initial=0), self.tokens.max(initial=0)
+        if least < 0 or most >= vocab_size:
+            raise UserError(
+                f"{self.prefix}.bin: holds token ids from {least} to {most}, but the tokenizer has "
+                f"{vocab_size} entries: it is damaged, or made with another --tokenizer"
+            )
+
 
 class ShardSet:
     """All shards of a directory with their manifest and tokenizer."""

@@ -285,8 +285,8 @@ def test_special_tokens_round_sentences_are_announced(tiny_tokenizer: Path, tmp_
 @pytest.mark.parametrize(
     ("corpus", "dtype", "message"),
     [
-        ([[[60_000]]], np.uint16, "holds token id 60000, but the tokenizer has"),
-        ([[[-1, 5]]], np.int32, "give the --tokenizer it was made with"),
+        ([[[60_000]]], np.uint16, "holds token ids from 0 to 60000, but the tokenizer has"),
+        ([[[-1, 5]]], np.int32, "or made with another --tokenizer"),
         ([[[5] * 70_000]], np.uint16, "a sentence of 70000 tokens"),
     ],
 )
