@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner, Result
 
@@ -465,7 +465,7 @@ def naive_documents(texts: list[Any], tokenizer: BulkTokenizer, limit: int) -> l
 
 
 def naive_pieces(sentence: str, tokenizer: BulkTokenizer, limit: int) -> list[list[int]]:
-    """The ids of a sentence, word by word into pieces of at most `limit`."""
+    """The ids of a sentence, word by word into pieces of at most `limit`; a longer word is cut."""
     encoding = tokenizer.reference.encode(sentence)
     words: list[list[int]] = []
     for index, token in zip(encoding.ids, encoding.tokens, strict=True):
@@ -477,11 +477,15 @@ def naive_pieces(sentence: str, tokenizer: BulkTokenizer, limit: int) -> list[li
     for word in words:
         if len(pieces[-1]) + len(word) > limit:
             pieces.append([])
-        pieces[-1] += word
+        for token in word:
+            if len(pieces[-1]) == limit:
+                pieces.append([])
+            pieces[-1].append(token)
     return pieces
 
 
 @settings(max_examples=60, deadline=None)
+@example(rows=["BBBBB B"], limit=4)  # a word longer than the limit
 @given(rows=st.lists(GOOD | BAD.map(lambda bad: (bad,)), max_size=12), limit=st.integers(4, 30))
 def test_documents_in_are_documents_out_and_counted_losses(
     rows: list[Any], limit: int, tokenizer: BulkTokenizer,
