@@ -17,7 +17,6 @@ from data_tools.errors import UserError
 Precision = Literal["fp32", "fp16", "bf16"]
 MAX_JSON_BYTES = 1 << 20
 HALVES: tuple[Precision, ...] = ("bf16", "fp16")
-MAX_JSON_BYTES = 1 << 20
 
 OWNED_BY_TOML = {
     "train_batch_size": "train.train_batch_size",
@@ -94,8 +93,6 @@ def read_ds_config(path: Path) -> dict[str, Any]:
             trains wrongly.
     """
     try:
-        if path.stat().st_size > MAX_JSON_BYTES:
-            raise UserError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB; is this a config?")
         if path.stat().st_size > MAX_JSON_BYTES:
             raise UserError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB; is this a config?")
         content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_no_doubles)

@@ -1,7 +1,7 @@
-"""Start the ranks of a run on this machine, or on the hosts of a hostfile.
+"""Start the ranks of a run on this machine.
 
-On one machine the processes are started here rather than by the deepspeed launcher, which kills the
-other ranks as soon as one ends and reports success when a rank dies of a signal.
+They are started here rather than by the deepspeed launcher, which kills the other ranks as soon as
+one ends and reports success when a rank dies of a signal.
 """
 
 import math
