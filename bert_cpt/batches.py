@@ -25,7 +25,7 @@ from numba import njit
 
 from bert_cpt.masking import MaskRule, apply_masks, choose_masks
 from data_tools.errors import UserError
-from data_tools.hashing import derive_key, draw
+from data_tools.hashing import derive_key, draw, draws
 from data_tools.samples import (
     RANDOM,
     Corpus,
@@ -245,18 +245,10 @@ class SampleStream:
                 out[:, part] = resolve(self.views[k], samples, numbers, key_b)
                 out[0, part] += self.first_shard[k]
                 out[3, part] += self.first_shard[k]
-                keys[part] = _keys_of(derive_key(epoch_seed, MASKS, 0), numbers)
+                keys[part] = draws(derive_key(epoch_seed, MASKS, 0), numbers)
                 done += stop - position
                 position = stop
         return Segments(*out), keys
-
-
-@njit(cache=True)
-def _keys_of(key, samples):
-    result = np.empty(len(samples), np.uint64)
-    for n in range(len(samples)):
-        result[n] = draw(key, samples[n])
-    return result
 
 
 # --- dealing --------------------------------------------------------------------------------------
@@ -291,25 +283,15 @@ def deal(lengths, num_bins):
 # --- packing --------------------------------------------------------------------------------------
 
 
-def sample_lengths(segments: Segments) -> np.ndarray:
-    """int64[n]: tokens of each sample with its special tokens."""
-    has_b = segments.length_b > 0
-    return segments.length_a + segments.length_b + 2 + has_b
-
-
 def assemble(
-    corpus: Corpus,
-    rule: MaskRule,
-    segments: Segments,
-    keys: np.ndarray,
-    sample_numbers: np.ndarray,
+    corpus: Corpus, rule: MaskRule, segments: Segments, keys: np.ndarray, sample_numbers: np.ndarray
 ) -> PackedBatch:
     """Gather, mask and pack samples in one pass.
 
     Raises:
         UserError: a token id lies outside the vocabulary (a damaged shard).
     """
-    lengths = sample_lengths(segments)
+    lengths = segments.sample_lengths
     total = int(lengths.sum())
     cu_seqlens = np.zeros(len(lengths) + 1, np.int32)
     np.cumsum(lengths, out=cu_seqlens[1:])
@@ -397,7 +379,7 @@ class Loader:
     def step(self, first: int, shape: BatchShape) -> list[PackedBatch]:
         """The micro-batches of this rank in the optimizer step that begins at sample `first`."""
         segments, keys = self.stream.take(first, shape.train_batch_size)
-        bins = deal(sample_lengths(segments), shape.num_bins)
+        bins = deal(segments.sample_lengths, shape.num_bins)
         mine = bins[shape.rank :: shape.world_size]
         return [self._pack(segments, keys, rows, first) for rows in mine]
 

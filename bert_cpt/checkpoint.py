@@ -19,7 +19,9 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -102,9 +104,12 @@ class Checkpointer:
         """Begin to write a checkpoint; the one before it is finished first.
 
         Raises:
-            OSError: the one before it could not be written, or there is no room for this one.
+            OSError: there is no room for it.
         """
-        self.finish()
+        try:
+            self.finish()
+        except OSError as error:  # for this one there may be room again
+            logger.error("%s", error)
         needed = sum(t.nbytes for group in tensors.values() for t in group.values())
         free = shutil.disk_usage(self.directory).free
         if free < needed + (64 << 20):
@@ -124,21 +129,28 @@ class Checkpointer:
     def _write(self, tensors: dict[str, dict[str, Tensor]], state: CheckpointState) -> None:
         start = time.perf_counter()
         name = f"step_{state.train.global_step:08d}"
-        aside = self.directory / f".{name}.tmp"
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        write_model(aside, tensors["model"], self.bert_config, self.tokenizer_source)
-        for key in MOMENTS:
-            save_file(tensors[key], aside / f"optimizer-{key}.safetensors")
-        state.hashes = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
-        state.digest = state.own_digest()
-        (aside / STATE_FILE).write_text(state.model_dump_json(indent=1))
-        publish(aside, self.directory / name)
+        with new_directory(self.directory / name) as aside:
+            save_file(tensors["model"], aside / MODEL_FILE, metadata={"format": "pt"})
+            (aside / "config.json").write_text(self.bert_config.to_json_string(use_diff=False))
+            copy_files(self.tokenizer_source, aside)
+            for key in MOMENTS:
+                save_file(tensors[key], aside / f"optimizer-{key}.safetensors")
+            state.hashes = {path.name: sha256_of(path) for path in sorted(aside.iterdir())}
+            state.digest = state.own_digest()
+            (aside / STATE_FILE).write_text(state.model_dump_json(indent=1))
         write_text(self.directory.parent / "latest", name + "\n")
         self._prune(state.train.global_step)
         size = sum(path.stat().st_size for path in (self.directory / name).iterdir())
         seconds = time.perf_counter() - start
         logger.info("checkpoint %s: %.2f GiB written in %.1f s", name, size / 2**30, seconds)
+
+    def write_final(self, step: int) -> Path:
+        """The model of a checkpoint as the one that the run ends in; returns its directory."""
+        final = self.directory.parent / "final"
+        with new_directory(final) as aside:
+            names = (MODEL_FILE, "config.json", *TOKENIZER_FILES)
+            copy_files(self.directory / f"step_{step:08d}", aside, names)
+        return final
 
     def _prune(self, newest: int) -> None:
         steps = [int(path.name[5:]) for path in self.directory.glob("step_*")]
@@ -151,41 +163,32 @@ class Checkpointer:
                 shutil.rmtree(doomed, ignore_errors=True)
 
 
-def write_final(run_dir: Path, weights: dict[str, Tensor], bert_config: BertConfig) -> Path:
-    """Write the model that a run ends in; returns its directory."""
-    aside = run_dir / ".final.tmp"
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A directory aside to fill; on success it is synced and renamed to `target`, else removed.
+
+    An older `target` gives way.
+    """
+    aside, old = (target.with_name(f".{target.name}{suffix}") for suffix in (".tmp", ".old.tmp"))
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    write_model(aside, weights, bert_config, run_dir / "tokenizer")
-    publish(aside, run_dir / "final")
-    return run_dir / "final"
-
-
-def publish(aside: Path, target: Path) -> None:
-    """Sync every file of a finished directory, then give it its name; an older one gives way."""
-    for path in [*aside.iterdir(), aside]:
-        sync(path)
-    old = target.with_name(f".{target.name}.old.tmp")
     shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        os.replace(target, old)
-    os.replace(aside, target)
+    try:
+        aside.mkdir(parents=True)
+        yield aside
+        for path in [*aside.iterdir(), aside]:
+            sync(path)
+        if target.exists():
+            os.replace(target, old)
+        os.replace(aside, target)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     sync(target.parent)
 
 
-def write_model(
-    directory: Path, weights: dict[str, Tensor], bert_config: BertConfig, tokenizer_source: Path
-) -> None:
-    """Write weights, config.json and tokenizer: a directory that transformers loads."""
-    save_file(weights, directory / MODEL_FILE, metadata={"format": "pt"})
-    (directory / "config.json").write_text(bert_config.to_json_string(use_diff=False))
-    copy_tokenizer(tokenizer_source, directory)
-
-
-def copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy what there is of a tokenizer's files."""
-    for name in TOKENIZER_FILES:
+def copy_files(source: Path, target: Path, names: Iterable[str] = TOKENIZER_FILES) -> None:
+    """Copy those files that are there; as a rule, those of a tokenizer."""
+    for name in names:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
@@ -197,7 +200,7 @@ def collect_tokenizer(checkpoint: str, corpus: ShardSet, target: Path) -> None:
     if not source.is_dir():
         AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False).save_pretrained(target)
         return
-    copy_tokenizer(source, target)
+    copy_files(source, target)
     if not (target / "tokenizer.json").exists():
         shutil.copyfile(corpus.directory / TOKENIZER, target / "tokenizer.json")
 

@@ -113,17 +113,10 @@ class Engine:
         world = self.world
         key = derive_key(self.config.run.seed, DROPOUT * (1 << 32) + step, world.rank)
         torch.manual_seed(int(key >> 1))
-        own = [
-            (
-                len(b.masked_labels),
-                b.num_pairs,
-                b.num_tokens,
-                (np.diff(b.cu_seqlens) ** 2.0).sum(),
-                0,
-            )
-            for b in batches
-        ]
-        own.append((0, 0, 0, 0, wants_stop))
+        own = [(0, 0, 0, 0.0, wants_stop)]
+        for b in batches:
+            squares = float((np.diff(b.cu_seqlens) ** 2.0).sum())
+            own.append((len(b.masked_labels), b.num_pairs, b.num_tokens, squares, False))
         counts = torch.tensor(own, dtype=torch.float64, device=world.device).sum(0)
         if world.world_size > 1:
             dist.all_reduce(counts)

@@ -6,8 +6,7 @@ import numpy as np
 
 from bert_cpt.batches import Loader, PackedBatch, SampleStream
 from bert_cpt.masking import mask_rule
-from data_tools.errors import UserError
-from data_tools.samples import SampleOptions, check_pairs_possible
+from data_tools.samples import SampleOptions, problem_of_pairs
 from data_tools.shards import ShardSet
 from data_tools.tokenizer import BulkTokenizer
 
@@ -20,12 +19,7 @@ def example_pairs(corpus: ShardSet, count: int, sequence_length: int = 128) -> l
     Returns:
         label, text (masked words shown as [MASK] or what replaces them), and what was masked.
     """
-    try:
-        check_pairs_possible(corpus.shards, str(corpus.directory))
-        is_paired = True
-    except UserError:
-        is_paired = False
-    options = SampleOptions(sequence_length, is_paired=is_paired)
+    options = SampleOptions(sequence_length, is_paired=not problem_of_pairs(corpus.shards))
     stream = SampleStream([corpus], [1.0], options, seed=0)
     tokenizer = corpus.tokenizer
     loader = Loader(stream, mask_rule(tokenizer, "token", 0.15))

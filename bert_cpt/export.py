@@ -1,6 +1,5 @@
 """A plain Hugging Face model out of a checkpoint, checked by loading it."""
 
-import shutil
 from pathlib import Path
 from typing import Literal
 
@@ -16,7 +15,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from bert_cpt.checkpoint import copy_tokenizer, publish
+from bert_cpt.checkpoint import copy_files, new_directory
 from bert_cpt.model import from_pretrained, load_bert_config
 from data_tools.errors import UserError
 
@@ -65,25 +64,17 @@ def export(checkpoint: str, output: Path, kind: ExportKind = "pretraining") -> l
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output}: exists and is not empty; choose another directory")
     load_bert_config(checkpoint)
-    aside = output.with_name(f".{output.name}.tmp")
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        model, info = from_pretrained(CLASSES[kind], checkpoint)
-        if missing := sorted(info["missing_keys"]):
-            names = ", ".join(missing[:4])
-            raise UserError(f"{checkpoint}: lacks {names}; try --as masked-lm or --as encoder")
-        aside.mkdir(parents=True)
+    model, info = from_pretrained(CLASSES[kind], checkpoint)
+    if missing := sorted(info["missing_keys"]):
+        names = ", ".join(missing[:4])
+        raise UserError(f"{checkpoint}: lacks {names}; try --as masked-lm or --as encoder")
+    with new_directory(output) as aside:
         model.save_pretrained(aside)
-        copy_tokenizer(Path(checkpoint), aside)
+        copy_files(Path(checkpoint), aside)
         if kind == "sentence-transformers":
             _add_pooling(aside)
         loaded = [_check(loader, aside, model) for loader in LOADERS[kind]]
         AutoTokenizer.from_pretrained(aside, trust_remote_code=False)
-        if output.exists():
-            output.rmdir()
-        publish(aside, output)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
     return loaded
 
 

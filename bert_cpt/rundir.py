@@ -10,7 +10,8 @@ import secrets
 import subprocess
 import sys
 import time
-from importlib.metadata import distributions
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import IO, Any
 
@@ -119,8 +120,11 @@ def without_secrets(arguments: list[str]) -> list[str]:
 
 def package_versions() -> dict[str, str | None]:
     """Versions of the packages that matter; None where one is not installed."""
-    found = {item.metadata["Name"]: item.version for item in distributions()}
-    return {name: found.get(name) for name in PACKAGES}
+    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _git_commit() -> str | None:

@@ -34,7 +34,6 @@ from bert_cpt.checkpoint import (
     corpus_fingerprints,
     find_checkpoint,
     restore,
-    write_final,
 )
 from bert_cpt.config import Config, Phase, load_config
 from bert_cpt.ds_config import DeepSpeedConfig
@@ -399,18 +398,21 @@ def evaluate_heldout(run: Run, when: str) -> None:
 def save(run: Run, *, is_last: bool) -> None:
     """Write a checkpoint of the state after this step; the log says how long training waited.
 
+    Args:
+        is_last: the run is about to end, so wait until it is written.
+
     Raises:
-        TrainingError: it could not be written and the run is about to end. Otherwise a failure is
-            reported and the next one tried.
+        TrainingError: the last one could not be written. Otherwise a failure is reported and the
+            next one tried.
     """
-    if run.saved_step == run.state.global_step:
-        return
     start = time.perf_counter()
-    tensors = run.engine.gather(keep=run.world.is_main)
+    is_new = run.saved_step != run.state.global_step
+    tensors = run.engine.gather(keep=run.world.is_main) if is_new else {}
     problem = ""
     if run.world.is_main:
         try:
-            run.checkpointer.save(tensors, checkpoint_state(run))
+            if is_new:
+                run.checkpointer.save(tensors, checkpoint_state(run))
             if is_last:
                 run.checkpointer.finish()
         except OSError as error:
@@ -419,7 +421,7 @@ def save(run: Run, *, is_last: bool) -> None:
     problem = run.world.broadcast(problem)
     if problem and is_last:
         raise TrainingError(f"the last checkpoint could not be written: {problem}")
-    if not problem:
+    if is_new and not problem:
         run.saved_step = run.state.global_step
         seconds = time.perf_counter() - start
         run.save_seconds = max(run.save_seconds, seconds)
@@ -445,15 +447,12 @@ def finish(run: Run) -> None:
     """Save, evaluate, and write the final Hugging Face model."""
     save(run, is_last=True)
     evaluate_heldout(run, "after")
-    tensors = run.engine.gather(keep=run.world.is_main)
-    if run.world.is_main:
-        final = write_final(run.directory, tensors["model"], run.setup.bert_config)
-        logger.info(
-            "done: %d steps, %.1f M tokens, %s of training; model: %s",
-            run.state.global_step, run.state.num_tokens / 1e6,
-            tqdm.format_interval(run.state.seconds), final,
-        )  # fmt: skip
-    run.world.barrier()
+    final = run.world.on_main(lambda: str(run.checkpointer.write_final(run.saved_step)))
+    logger.info(
+        "done: %d steps, %.1f M tokens, %s of training; model: %s",
+        run.state.global_step, run.state.num_tokens / 1e6,
+        tqdm.format_interval(run.state.seconds), final,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

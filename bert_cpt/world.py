@@ -51,12 +51,12 @@ class World:
         return tensor.tolist()
 
     def on_main(self, function: Callable[[], Any]) -> Any:
-        """Call `function` on rank 0 only; every rank gets its result, or raises its UserError."""
+        """Call `function` on rank 0 only; every rank gets its result, or raises its error."""
         value, problem = None, ""
         if self.is_main:
             try:
                 value = function()
-            except UserError as error:
+            except (UserError, OSError) as error:
                 problem = str(error)
         value, problem = self.broadcast([value, problem])
         if problem:

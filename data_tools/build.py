@@ -105,10 +105,7 @@ def write_shards(
     loaded = tokenizer if isinstance(tokenizer, BulkTokenizer) else load_tokenizer(tokenizer)
     name = "given from Python" if loaded is tokenizer else str(tokenizer)
     options = BuildOptions(
-        language=language,
-        splitter=splitter,
-        shuffle_seed=shuffle_seed,
-        block_bytes=MIN_BLOCK_BYTES,
+        language=language, splitter=splitter, shuffle_seed=shuffle_seed, block_bytes=MIN_BLOCK_BYTES
     )
     plan = Plan([Source("documents from Python", "hub")], options, loaded.identity, {})
     if (output / MANIFEST).exists():

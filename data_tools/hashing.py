@@ -35,9 +35,9 @@ def derive_key(seed: int, a: int, b: int) -> np.uint64:
 
 
 @njit(cache=True)
-def hash_keys(key, count):
-    """uint64[count]: the first numbers of the stream of `key`."""
-    result = np.empty(count, np.uint64)
-    for i in range(count):
-        result[i] = draw(key, i)
+def draws(key, counters):
+    """uint64[n]: numbers of the stream of `key`, by their counters (int64[n])."""
+    result = np.empty(len(counters), np.uint64)
+    for n in range(len(counters)):
+        result[n] = draw(key, counters[n])
     return result

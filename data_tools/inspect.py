@@ -15,13 +15,7 @@ from data_tools.errors import UserError
 from data_tools.files import sha256_of
 from data_tools.finish import lost_documents
 from data_tools.hashing import GOLDEN, derive_key, mix64
-from data_tools.samples import (
-    SampleOptions,
-    build_index,
-    check_pairs_possible,
-    corpus_of,
-    resolve,
-)
+from data_tools.samples import SampleOptions, build_index, corpus_of, problem_of_pairs, resolve
 from data_tools.shards import MANIFEST, TOKENIZER, Manifest, Shard, ShardSet, read_manifest
 from data_tools.tokenizer import load_tokenizer
 
@@ -109,22 +103,16 @@ def _words(tokens, is_continuation):
 def _sample_statistics(corpus: ShardSet, sequence_length: int) -> dict[str, Any]:
     before = np.cumsum([0, *(len(shard.tokens) for shard in corpus.shards[:-1])])
     shards = corpus.shards[: max(1, int((before < INDEXED_TOKENS).sum()))]
-    try:
-        check_pairs_possible(shards, str(corpus.directory))
-        is_paired = True
-    except UserError:
-        is_paired = False
-    options = SampleOptions(sequence_length, is_paired=is_paired)
+    options = SampleOptions(sequence_length, is_paired=not problem_of_pairs(shards))
     table = corpus.tokenizer.is_continuation
     index = build_index(shards, table, options, seed=0, epoch=0)
     chosen = np.linspace(0, len(index) - 1, min(len(index), RESOLVED_SAMPLES)).astype(np.int64)
     segments = resolve(corpus_of(shards, table), index, chosen, derive_key(0, 0, 0))
-    lengths = segments.length_a + segments.length_b + 2 + (segments.length_b > 0)
     pairs = segments.label <= 1
     scale = corpus.manifest.num_tokens / max(1, sum(len(shard.tokens) for shard in shards))
     return {
         "samples_per_epoch": round(len(index) * scale),
-        "fill": float(lengths.mean() / sequence_length),
+        "fill": float(segments.sample_lengths.mean() / sequence_length),
         "random_share": float((segments.label[pairs] == 1).mean()) if pairs.any() else None,
         "without_pair_share": float(1 - pairs.mean()),
     }

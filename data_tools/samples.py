@@ -122,20 +122,27 @@ class EpochIndex:
         return int(self.starts[-1])
 
 
-def check_pairs_possible(shards: Sequence[Shard], name: str) -> None:
-    """Raise UserError if no true or no random pair can be formed."""
+def problem_of_pairs(shards: Sequence[Shard]) -> str:
+    """Why no true or no random pair can be formed, and what to do; empty if both can."""
     num_documents = sum(int((np.diff(shard.document_index) > 0).sum()) for shard in shards)
     if num_documents < 2:
-        raise UserError(
-            f"{name}: holds {num_documents} document(s) with text; NSP needs at least two, to take "
-            f"a random second segment from another one: separate documents by blank lines, or "
-            f"train with objective.nsp=false"
+        return (
+            f"holds {num_documents} document(s) with text; NSP needs at least two, to take a "
+            f"random second segment from another one: separate documents by blank lines, or train "
+            f"with objective.nsp=false"
         )
     if not any((np.diff(shard.document_index) > 1).any() for shard in shards):
-        raise UserError(
-            f"{name}: every document has one sentence; NSP needs a sentence that follows another: "
-            f"check --format and the splitter, or train with objective.nsp=false"
+        return (
+            "every document has one sentence; NSP needs a sentence that follows another: check "
+            "--format and the splitter, or train with objective.nsp=false"
         )
+    return ""
+
+
+def check_pairs_possible(shards: Sequence[Shard], name: str) -> None:
+    """Raise UserError if no true or no random pair can be formed."""
+    if problem := problem_of_pairs(shards):
+        raise UserError(f"{name}: {problem}")
 
 
 def build_index(
@@ -356,6 +363,11 @@ class Segments(NamedTuple):
     start_b: np.ndarray
     length_b: np.ndarray
     label: np.ndarray
+
+    @property
+    def sample_lengths(self) -> np.ndarray:
+        """int64[n]: tokens of each sample with its special tokens."""
+        return self.length_a + self.length_b + 2 + (self.length_b > 0)
 
 
 def resolve(corpus: Corpus, index: EpochIndex, samples: np.ndarray, key: np.uint64) -> Segments:

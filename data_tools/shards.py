@@ -176,10 +176,7 @@ class Shard:
                 f"possible: shard the text with `bert-cpt shard`, which cuts them"
             )
         sentence, document = _first_damage(
-            self.sentence_lengths,
-            self.sentence_offsets,
-            self.document_index,
-            self.dtype.itemsize,
+            self.sentence_lengths, self.sentence_offsets, self.document_index, self.dtype.itemsize
         )
         if sentence >= 0:
             raise UserError(

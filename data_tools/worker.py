@@ -10,7 +10,7 @@ from numba import njit
 
 from data_tools import readers
 from data_tools.files import write_text
-from data_tools.hashing import derive_key, hash_keys
+from data_tools.hashing import derive_key, draws
 from data_tools.plan import Plan, part_prefix, stream
 from data_tools.readers import Block
 from data_tools.sentences import make_splitter
@@ -23,7 +23,7 @@ CHECKED_LINES = 32  # of each block, compared with `tokenizers`
 
 def keys_of(seed: int, source_index: int, block: int, num_documents: int) -> np.ndarray:
     """uint64[n]: what decides the place of a block's documents when they are shuffled."""
-    return hash_keys(derive_key(seed, source_index, block), num_documents)
+    return draws(derive_key(seed, source_index, block), np.arange(num_documents))
 
 
 class BlockWorker:

@@ -26,6 +26,7 @@ from bert_cpt.config import Config
 from bert_cpt.rundir import LAUNCH_ID, read_outcome
 from data_tools.errors import UserError
 from data_tools.files import write_text
+from launcher.local import signals_to
 
 FORWARDED = re.compile(
     r"(NCCL|GLOO|TORCH|PYTORCH|OMP|MKL|HF|TRANSFORMERS|TOKENIZERS|WANDB|TRITON|NUMBA|BERT_CPT|FI)_"
@@ -174,13 +175,8 @@ def _run(command: list[str], environment: Mapping[str, str], run_dir: Path) -> i
         stop_file.touch()
         print("the ranks save and stop; once more to wait no longer", file=sys.stderr)
 
-    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-    previous = {number: signal.signal(number, stop) for number in numbers}
-    try:
+    with signals_to(stop):
         return process.wait()
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _judge(run_dir: Path, launch: str, code: int) -> int:

@@ -11,7 +11,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import FrameType
 
 GRACE_SECONDS = 15
@@ -38,24 +39,31 @@ def run_ranks(command: Sequence[str], num_ranks: int, *, grace_seconds: int = GR
             if process.poll() is None:
                 process.send_signal(number)
 
-    previous = {
-        number: signal.signal(number, forward)
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    }
+    with signals_to(forward):
+        try:
+            for rank in range(num_ranks):
+                ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                # A session of its own: a Ctrl-C reaches each rank once, through `forward`.
+                processes.append(
+                    subprocess.Popen(command, env=environment | ranks, start_new_session=True)
+                )
+            return _wait(processes, grace_seconds)
+        finally:
+            for process in processes:
+                if process.poll() is None:
+                    process.kill()
+
+
+@contextmanager
+def signals_to(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle SIGTERM, SIGUSR1 and SIGINT, and afterwards as before."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    previous = {number: signal.signal(number, handler) for number in numbers}
     try:
-        for rank in range(num_ranks):
-            ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            # A session of its own: a Ctrl-C reaches each rank once, through `forward`.
-            processes.append(
-                subprocess.Popen(command, env=environment | ranks, start_new_session=True)
-            )
-        return _wait(processes, grace_seconds)
+        yield
     finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
 
 
 def _wait(processes: list[subprocess.Popen[bytes]], grace_seconds: int) -> int:

@@ -23,7 +23,6 @@ import torch
 from tqdm import tqdm
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
 
-from bert_cpt.batches import sample_lengths
 from bert_cpt.config import Config, Phase
 from bert_cpt.ds_config import resolve_precision
 from bert_cpt.model import freeze
@@ -124,7 +123,7 @@ def profile_samples(
     for first in firsts:
         first.shards = first.shards[:1]
     stream = phase_loader(config, phase, firsts).stream
-    lengths = sample_lengths(stream.take(0, NUM_PROFILED)[0]).astype(np.float64)
+    lengths = stream.take(0, NUM_PROFILED)[0].sample_lengths.astype(np.float64)
     shares = [c.manifest.num_tokens / max(1, len(c.shards[0].tokens)) for c in corpora]
     sizes = [len(index.get(0)) for index in stream.indexes]
     epochs = [round(n * share) for n, share in zip(sizes, shares, strict=True)]

@@ -247,6 +247,21 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_samples(
     assert run_ranks(2, run.replace(" fail_at=5", "")) == [0]
 
 
+def test_a_checkpoint_that_fails_in_the_background_is_missed(
+    run_ranks: RunRanks, tmp_path: Path
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    settings = "train.steps=6 checkpoint.interval=2 logging.interval=1"
+    failed = f"run.output_dir={one} {settings} unwritable=6"  # the last, saved by the interval
+    again = f"run.output_dir={one} {settings}"
+    survived = f"run.output_dir={other} {settings} unwritable=2"  # costs that one alone
+    assert run_ranks(2, failed, again, survived) == [1, 0, 0]
+    assert "the last checkpoint could not be written" in (one / "train.log").read_text()
+    steps = ["step_00000004", "step_00000006"]
+    assert sorted(path.name for path in (other / "checkpoints").iterdir()) == steps
+    assert_same(one, other)
+
+
 def ds_file(tmp_path: Path, **fp16: float) -> str:
     content = {"zero_optimization": {"stage": 1}, "fp16": {"enabled": True} | fp16}
     (tmp_path / "ds.json").write_text(json.dumps(content))

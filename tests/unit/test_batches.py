@@ -16,7 +16,6 @@ from bert_cpt.batches import (
     deal,
     mixing_pattern,
     permute,
-    sample_lengths,
 )
 from bert_cpt.masking import mask_rule
 from data_tools import open_shards, write_shards
@@ -187,7 +186,7 @@ def test_ranks_get_equally_many_tokens(
 ) -> None:
     stream = SampleStream([corpus], [1.0], SampleOptions(sequence_length), 0)
     for first in range(0, 4 * 256, 256):
-        lengths = sample_lengths(stream.take(first, 256)[0])
+        lengths = stream.take(first, 256)[0].sample_lengths
         totals = lengths[deal(lengths, 8)].sum(axis=1)
         assert totals.max() / totals.mean() - 1 < limit
 

@@ -144,12 +144,13 @@ def test_a_failed_write_is_raised_and_leaves_nothing_behind(
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("bert_cpt.checkpoint.publish", full)
+    monkeypatch.setattr("bert_cpt.checkpoint.sync", full)
     writer.save(tensors, state_at(1))
     with pytest.raises(OSError, match="No space left"):
         writer.finish()
     assert find_checkpoint(tmp_path) is None
     assert not (tmp_path / "latest").exists()
+    assert list((tmp_path / "checkpoints").iterdir()) == []
     monkeypatch.undo()
     writer.save(tensors, state_at(2))
     writer.finish()
