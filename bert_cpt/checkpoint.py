@@ -93,6 +93,7 @@ class Checkpointer:
         self.bert_config = bert_config
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._writing: Future[None] | None = None
+        self.write_seconds = 0.0  # the longest so far
 
     def prepare(self) -> None:
         """Create the directory and remove what a kill left unfinished."""
@@ -142,6 +143,7 @@ class Checkpointer:
         self._prune(state.train.global_step)
         size = sum(path.stat().st_size for path in (self.directory / name).iterdir())
         seconds = time.perf_counter() - start
+        self.write_seconds = max(self.write_seconds, seconds)
         logger.info("checkpoint %s: %.2f GiB written in %.1f s", name, size / 2**30, seconds)
 
     def write_final(self, step: int) -> Path:

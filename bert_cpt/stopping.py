@@ -21,7 +21,6 @@ BEAT_SECONDS = 2.0
 DEAD_SECONDS = 30.0  # without a beat, a rank is taken for dead
 HANG_SECONDS = 1800.0  # without progress, a run is taken for hung
 LOOK_SECONDS = 2.0  # between looks for the stop file
-FIRST_MARGIN_SECONDS = 20.0  # kept free before the time limit, until a save was measured
 
 
 class StopSignal:
@@ -38,7 +37,7 @@ class StopSignal:
         self.stop_file = stop_file
         self.started = self._next_look = time.monotonic()
         self.deadline = self.started + min(max_seconds or math.inf, _slurm_seconds_left())
-        self.margin_seconds = FIRST_MARGIN_SECONDS
+        self.margin_seconds = 0.0
         self.reason = "another rank"
         self._is_signalled = False
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):

@@ -58,6 +58,8 @@ logger = logging.getLogger("bert_cpt")
 
 EXIT_REQUEUE = 85
 MAX_SKIPPED_IN_A_ROW = 50
+FIRST_MARGIN_SECONDS = 20.0  # kept free before the time limit until a save was measured, and
+SLOW_BYTES_PER_SECOND = 50e6  # what writing a checkpoint takes at this rate
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 PHASES = 11  # stream of the run's seed
 UNTOUCHED = "the weights were not touched and the last checkpoint is intact"
@@ -221,6 +223,7 @@ def build(
     if checkpoint is not None:
         logger.info("resumed from %s at step %d", checkpoint, state.global_step)
     checkpointer = Checkpointer(run_dir, config.checkpoint, setup.bert_config)
+    stop.needs(FIRST_MARGIN_SECONDS + 12 * report.num_parameters / SLOW_BYTES_PER_SECOND)
     wandb_run = None
     if world.is_main:
         checkpointer.prepare()
@@ -315,7 +318,8 @@ def train_step(run: Run, phase: Phase, batches: list[PackedBatch]) -> bool:
     report_spike(run, totals.mean_mlm_loss)
     run.metrics.advance(totals.mean_mlm_loss)
     run.watchdog.progress()
-    run.stop.needs(3 * run.interval.step_seconds + 2 * run.save_seconds)
+    saving = run.save_seconds + run.checkpointer.write_seconds
+    run.stop.needs(3 * run.interval.step_seconds + 2 * saving)
     return totals.stop_votes > 0
 
 

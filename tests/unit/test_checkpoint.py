@@ -149,12 +149,14 @@ def test_a_failed_write_is_raised_and_leaves_nothing_behind(
     with pytest.raises(OSError, match="No space left"):
         writer.finish()
     assert find_checkpoint(tmp_path) is None
+    assert writer.write_seconds == 0
     assert not (tmp_path / "latest").exists()
     assert list((tmp_path / "checkpoints").iterdir()) == []
     monkeypatch.undo()
     writer.save(tensors, state_at(2))
     writer.finish()
     assert find_checkpoint(tmp_path) is not None
+    assert 0 < writer.write_seconds < 60
 
 
 CHANGES = {
